@@ -1,0 +1,141 @@
+"""The fused operators: each is a torch function for eager use and an ONNX function of the domain `wanrt` in a traced graph.
+
+The ONNX body, in standard operators, is the reference for every target: a target inlines it or has a kernel for it. The torch
+function computes the same in eager mode, so that a module can be compared with its oracle before anything is traced.
+"""
+
+import math
+from collections.abc import Sequence
+
+import onnx
+import torch
+from onnx import parser
+from torch import Tensor
+from torch.nn import functional
+
+DOMAIN = "wanrt"
+DOMAIN_VERSION = 1
+
+_BODIES = {
+    "Linear": """
+        Linear (x, weight, bias) => (y) {
+            y = Gemm <transB = 1> (x, weight, bias)
+        }""",
+    "LinearGelu": """
+        LinearGelu (x, weight, bias) => (y) {
+            hidden = Gemm <transB = 1> (x, weight, bias)
+            y = Gelu <approximate = "tanh"> (hidden)
+        }""",
+    "AdaLayerNorm": """
+        AdaLayerNorm <epsilon> (x, shift, scale) => (y) {
+            one = Constant <value_float = 1.0> ()
+            one_like = CastLike (one, scale)
+            gain = Add (scale, one_like)
+            gain_row = Squeeze (gain)
+            normed = LayerNormalization <axis = -1, epsilon: float = @epsilon> (x, gain_row)
+            y = Add (normed, shift)
+        }""",
+    "GatedResidual": """
+        GatedResidual (residual, x, gate) => (y) {
+            gated = Mul (x, gate)
+            y = Add (residual, gated)
+        }""",
+    "QKNorm": """
+        QKNorm <epsilon> (x, weight) => (y) {
+            y = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x, weight)
+        }""",
+    "QKNormRope": """
+        QKNormRope <epsilon, num_heads> (x, weight, rope_cos, rope_sin) => (y) {
+            normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x, weight)
+            batch_axis = Constant <value_ints = [0]> ()
+            normed_b = Unsqueeze (normed, batch_axis)
+            cos_b = Unsqueeze (rope_cos, batch_axis)
+            sin_b = Unsqueeze (rope_sin, batch_axis)
+            rotated = RotaryEmbedding <interleaved = 1, num_heads: int = @num_heads> (normed_b, cos_b, sin_b)
+            y = Squeeze (rotated, batch_axis)
+        }""",
+    "Attention": """
+        Attention <num_heads> (query, key, value) => (y) {
+            batch_axis = Constant <value_ints = [0]> ()
+            query_b = Unsqueeze (query, batch_axis)
+            key_b = Unsqueeze (key, batch_axis)
+            value_b = Unsqueeze (value, batch_axis)
+            y_b = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads> (query_b, key_b, value_b)
+            y = Squeeze (y_b, batch_axis)
+        }""",
+}
+
+
+def function_proto(name: str) -> onnx.FunctionProto:
+    """The ONNX function `wanrt::<name>` with its body in standard operators."""
+    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : 23]>{_BODIES[name]}')
+
+
+def attach_functions(model: onnx.ModelProto) -> None:
+    """Give `model` the functions it calls, once each."""
+    called = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    model.functions.extend(function_proto(name) for name in sorted(called))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x @ weight.T + bias`: x [N, in], weight [out, in] as checkpoints store it, bias [out]."""
+    if _tracing():
+        return _call("Linear", (x, weight, bias), like=x, shape=(x.shape[0], weight.shape[0]))
+    return functional.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu_tanh(x @ weight.T + bias)`, shapes as in `linear`."""
+    if _tracing():
+        return _call("LinearGelu", (x, weight, bias), like=x, shape=(x.shape[0], weight.shape[0]))
+    return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
+
+
+def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+    """`layer_norm(x) * (1 + scale) + shift` with no affine weights: x [N, D], shift and scale [1, D]."""
+    if _tracing():
+        return _call("AdaLayerNorm", (x, shift, scale), like=x, shape=x.shape, epsilon=eps)
+    return functional.layer_norm(x, (x.shape[-1],), eps=eps) * (1 + scale) + shift
+
+
+def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """`residual + x * gate`: residual and x [N, D], gate [1, D]."""
+    if _tracing():
+        return _call("GatedResidual", (residual, x, gate), like=x, shape=x.shape)
+    return residual + x * gate
+
+
+def qk_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMS norm over the full width, all heads together: x [N, D], weight [D]."""
+    if _tracing():
+        return _call("QKNorm", (x, weight), like=x, shape=x.shape, epsilon=eps)
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def qk_norm_rope(x: Tensor, weight: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, num_heads: int, eps: float) -> Tensor:
+    """`qk_norm`, then rotation of each head's adjacent pairs: x [N, D], weight [D], tables [N, head_dim / 2]."""
+    if _tracing():
+        return _call("QKNormRope", (x, weight, rope_cos, rope_sin), like=x, shape=x.shape, epsilon=eps, num_heads=num_heads)
+    pairs = functional.rms_norm(x, (x.shape[-1],), weight, eps).unflatten(-1, (num_heads, -1, 2))
+    real, imaginary = pairs.unbind(-1)  # [N, heads, head_dim / 2]
+    cos, sin = rope_cos[:, None], rope_sin[:, None]
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(1)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Tensor:
+    """Softmax attention with scale `1/sqrt(head_dim)` and no mask: query [N, D], key and value [M, D] → [N, D]."""
+    if _tracing():
+        return _call("Attention", (query, key, value), like=query, shape=query.shape, num_heads=num_heads)
+    heads = [x.unflatten(-1, (num_heads, -1)).transpose(0, 1) for x in (query, key, value)]
+    scale = 1 / math.sqrt(query.shape[-1] // num_heads)
+    return functional.scaled_dot_product_attention(*heads, scale=scale).transpose(0, 1).flatten(1)
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def _call(name: str, inputs: Sequence[Tensor], *, like: Tensor, shape: Sequence[int], **attributes: float | int) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=DOMAIN_VERSION
+    )

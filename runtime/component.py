@@ -1,0 +1,58 @@
+"""A network at run time: its engines opened together, its weights bound by name."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from runtime.backends.base import Backend, DeviceTensor, Engine
+from runtime.specs import StageSpec
+
+
+class Weights(Protocol):
+    """Where a component's weights come from; see `runtime.weights`."""
+
+    def stage_weights(self, stage: StageSpec, block: int | None) -> Mapping[str, DeviceTensor]:
+        """The weights of `stage`, by the names the engine knows; `block` picks the block of a per-block stage."""
+        ...
+
+
+class Component:
+    """Runs a component's stages by name. Use with `with`: the engines are released at the end.
+
+    Args:
+        backend: who runs the engines.
+        stages: the component's declared stages.
+        engine_files: engine file of each stage, by stage name.
+        weights: source of the stages' weights.
+    """
+
+    def __init__(
+        self, backend: Backend, stages: Iterable[StageSpec], engine_files: Mapping[str, Path], weights: Weights
+    ) -> None:
+        self.backend = backend
+        self._weights = weights
+        self._stages = {stage.name: stage for stage in stages}
+        self._engines: dict[str, Engine] = {}
+        try:
+            for name, stage in self._stages.items():
+                self._engines[name] = backend.open_engine(engine_files[name], stage)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, stage: str, inputs: Mapping[str, DeviceTensor], *, block: int | None = None) -> dict[str, DeviceTensor]:
+        """Run one stage with its weights bound; returns its outputs by name."""
+        weights = self._weights.stage_weights(self._stages[stage], block)
+        return self._engines[stage].run({**inputs, **weights})
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
