@@ -4,7 +4,6 @@ The ONNX body, in standard operators, is the reference for every target: a targe
 function computes the same in eager mode, so that a module can be compared with its oracle before anything is traced.
 """
 
-import math
 from collections.abc import Sequence
 
 import onnx
@@ -13,7 +12,8 @@ from onnx import parser
 from torch import Tensor
 from torch.nn import functional
 
-DOMAIN = "wanrt"
+from runtime.specs import FUNCTION_DOMAIN
+
 DOMAIN_VERSION = 1
 
 _BODIES = {
@@ -63,17 +63,32 @@ _BODIES = {
             y_b = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads> (query_b, key_b, value_b)
             y = Squeeze (y_b, batch_axis)
         }""",
+    "ChannelNormSilu": """
+        ChannelNormSilu <scale> (x, gamma) => (y) {
+            channel_axis = Constant <value_ints = [0]> ()
+            length = ReduceL2 <keepdims = 1> (x, channel_axis)
+            floor = Constant <value_float = 1e-12> ()
+            floor_like = CastLike (floor, x)
+            scale_value = Constant <value_float: float = @scale> ()
+            scale_like = CastLike (scale_value, x)
+            safe_length = Max (length, floor_like)
+            gain = Div (scale_like, safe_length)
+            unit = Mul (x, gain)
+            normed = Mul (unit, gamma)
+            gate = Sigmoid (normed)
+            y = Mul (normed, gate)
+        }""",
 }
 
 
 def function_proto(name: str) -> onnx.FunctionProto:
     """The ONNX function `wanrt::<name>` with its body in standard operators."""
-    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : 23]>{_BODIES[name]}')
+    return parser.parse_function(f'<domain: "{FUNCTION_DOMAIN}", opset_import: ["" : 23]>{_BODIES[name]}')
 
 
 def attach_functions(model: onnx.ModelProto) -> None:
     """Give `model` the functions it calls, once each."""
-    called = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    called = {node.op_type for node in model.graph.node if node.domain == FUNCTION_DOMAIN}
     model.functions.extend(function_proto(name) for name in sorted(called))
 
 
@@ -116,7 +131,7 @@ def qk_norm_rope(x: Tensor, weight: Tensor, rope_cos: Tensor, rope_sin: Tensor, 
     """`qk_norm`, then rotation of each head's adjacent pairs: x [N, D], weight [D], tables [N, head_dim / 2]."""
     if _tracing():
         return _call("QKNormRope", (x, weight, rope_cos, rope_sin), like=x, shape=x.shape, epsilon=eps, num_heads=num_heads)
-    pairs = functional.rms_norm(x, (x.shape[-1],), weight, eps).unflatten(-1, (num_heads, -1, 2))
+    pairs = functional.rms_norm(x, (x.shape[-1],), weight, eps).view(len(x), num_heads, -1, 2)
     real, imaginary = pairs.unbind(-1)  # [N, heads, head_dim / 2]
     cos, sin = rope_cos[:, None], rope_sin[:, None]
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(1)
@@ -126,9 +141,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> T
     """Softmax attention with scale `1/sqrt(head_dim)` and no mask: query [N, D], key and value [M, D] → [N, D]."""
     if _tracing():
         return _call("Attention", (query, key, value), like=query, shape=query.shape, num_heads=num_heads)
-    heads = [x.unflatten(-1, (num_heads, -1)).transpose(0, 1) for x in (query, key, value)]
-    scale = 1 / math.sqrt(query.shape[-1] // num_heads)
-    return functional.scaled_dot_product_attention(*heads, scale=scale).transpose(0, 1).flatten(1)
+    # scaled_dot_product_attention's own default scale is 1/sqrt(head_dim)
+    query, key, value = (x.view(len(x), num_heads, -1).transpose(0, 1) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1)
+
+
+def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """`silu(x / max(|x|, 1e-12) * sqrt(C) * gamma)`, |x| over the channels: x [C, T, H, W], gamma [C, 1, 1, 1]."""
+    scale = math.sqrt(x.shape[0])
+    if _tracing():
+        return _call("ChannelNormSilu", (x, gamma), like=x, shape=x.shape, scale=scale)
+    length = torch.linalg.vector_norm(x, dim=0, keepdim=True)
+    return functional.silu(x * (scale / length.clamp_min(1e-12)) * gamma)
 
 
 def _tracing() -> bool:
@@ -137,5 +161,5 @@ def _tracing() -> bool:
 
 def _call(name: str, inputs: Sequence[Tensor], *, like: Tensor, shape: Sequence[int], **attributes: float | int) -> Tensor:
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=DOMAIN_VERSION
+        f"{FUNCTION_DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=DOMAIN_VERSION
     )

@@ -32,7 +32,12 @@ ONNX_DTYPES = {
     DType.F8_E4M3: onnx.TensorProto.FLOAT8E4M3FN,
     DType.I64: onnx.TensorProto.INT64,
 }
-_EXAMPLE_EXTENTS = (6, 10, 14, 22)  # distinct and far from any fixed extent of 0 or 1, so that no extent is specialised by accident
+_EXAMPLE_EXTENTS = (
+    6,
+    10,
+    14,
+    22,
+)  # distinct and far from any fixed extent of 0 or 1, so that no extent is specialised by accident
 
 log = logging.getLogger(__name__)
 

@@ -57,3 +57,9 @@ class CudaError(EngineError):
 
 class DeviceMemoryError(EngineError):
     """Not enough device memory: what is needed, what is free, what to lower."""
+
+
+class CancelledError(WanError):
+    """The caller asked to stop; nothing half-written is left."""
+
+    exit_code = 130

@@ -10,6 +10,9 @@ from enum import StrEnum
 
 from runtime.errors import EngineError
 
+FUNCTION_DOMAIN = "wanrt"
+"""ONNX domain of the fused operators in a stage's graph; their bodies are in `export.functions`."""
+
 
 class Precision(StrEnum):
     """Arithmetic of an engine's heavy operators."""
@@ -60,6 +63,11 @@ class StageSpec:
     def weight_name(self, weight: str, block: int | None) -> str:
         """Name of `weight` inside the component's safetensors file."""
         return f"blocks.{block}.{weight}" if self.per_block else weight
+
+    @property
+    def network(self) -> str:
+        """The network this stage belongs to, one of `runtime.stages.NETWORKS`."""
+        return self.name.partition(".")[0]
 
     @property
     def symbols(self) -> tuple[str, ...]:

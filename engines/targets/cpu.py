@@ -7,8 +7,7 @@ Functions are inlined by ONNX Runtime itself, except attention: the standard ope
 import onnx
 from onnx import helper
 
-from export.functions import DOMAIN
-from runtime.specs import StageSpec
+from runtime.specs import FUNCTION_DOMAIN, StageSpec
 
 CONTRIB_DOMAIN = "com.microsoft"
 
@@ -18,13 +17,14 @@ def build_engine(graph: onnx.ModelProto, stage: StageSpec) -> bytes:
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     _lower_attention(model)
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _lower_attention(model: onnx.ModelProto) -> None:
     """Replace the body of `wanrt::Attention` by ONNX Runtime's tiled multi-head attention."""
     for function in model.functions:
-        if (function.domain, function.name) != (DOMAIN, "Attention"):
+        if (function.domain, function.name) != (FUNCTION_DOMAIN, "Attention"):
             continue
         for node in function.node:
             if node.op_type == "Attention":

@@ -6,9 +6,9 @@ Parameter names are the names inside the bundle (fused where the stage fuses the
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from export import functions as op
+from export.modules.layers import Linear, LinearGelu, QKNorm
 from runtime.variants import TransformerArch
 
 
@@ -17,11 +17,11 @@ class TextEmbed(nn.Module):
 
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
-        self.text_embedding = nn.ModuleDict({"0": nn.Linear(arch.text_dim, arch.dim), "2": nn.Linear(arch.dim, arch.dim)})
+        self.text_embedding = nn.Sequential(LinearGelu(arch.text_dim, arch.dim), nn.Identity(), Linear(arch.dim, arch.dim))
 
     def forward(self, encoder_hidden_states: Tensor) -> Tensor:
-        first, second = self.text_embedding["0"], self.text_embedding["2"]
-        return op.linear(op.linear_gelu(encoder_hidden_states, first.weight, first.bias), second.weight, second.bias)
+        context: Tensor = self.text_embedding(encoder_hidden_states)
+        return context
 
 
 class TextKV(nn.Module):
@@ -29,13 +29,11 @@ class TextKV(nn.Module):
 
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
-        self.eps = arch.eps
-        self.cross_attn = nn.ModuleDict({"kv": nn.Linear(arch.dim, 2 * arch.dim), "norm_k": _Gain(arch.dim)})
+        self.cross_attn = nn.ModuleDict({"kv": Linear(arch.dim, 2 * arch.dim), "norm_k": _qk_norm(arch)})
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        kv = self.cross_attn["kv"]
-        key, value = op.linear(context, kv.weight, kv.bias).chunk(2, dim=-1)
-        return op.qk_norm(key, self.cross_attn["norm_k"].weight, eps=self.eps), value
+        key, value = self.cross_attn["kv"](context).chunk(2, dim=-1)
+        return self.cross_attn["norm_k"](key), value
 
 
 class TimeEmbed(nn.Module):
@@ -43,13 +41,12 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
-        self.time_embedding = nn.ModuleDict({"0": nn.Linear(arch.freq_dim, arch.dim), "2": nn.Linear(arch.dim, arch.dim)})
-        self.time_projection = nn.ModuleDict({"1": nn.Linear(arch.dim, 6 * arch.dim)})
+        self.time_embedding = nn.Sequential(nn.Linear(arch.freq_dim, arch.dim), nn.SiLU(), nn.Linear(arch.dim, arch.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(arch.dim, 6 * arch.dim))
 
     def forward(self, timestep_features: Tensor) -> tuple[Tensor, Tensor]:
-        temb = self.time_embedding["2"](functional.silu(self.time_embedding["0"](timestep_features)))
-        time_modulation = self.time_projection["1"](functional.silu(temb)).view(6, -1)
-        return temb, time_modulation
+        temb = self.time_embedding(timestep_features)
+        return temb, self.time_projection(temb).view(6, -1)
 
 
 class Embed(nn.Module):
@@ -57,10 +54,10 @@ class Embed(nn.Module):
 
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
-        self.patch_embedding = nn.Linear(arch.in_channels * arch.patch_volume, arch.dim)
+        self.patch_embedding = Linear(arch.in_channels * arch.patch_volume, arch.dim)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return op.linear(patches, self.patch_embedding.weight, self.patch_embedding.bias)
+        return self.patch_embedding.forward(patches)
 
 
 class BlockIn(nn.Module):
@@ -68,26 +65,21 @@ class BlockIn(nn.Module):
 
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
-        self.arch = arch
+        self.eps = arch.eps
         self.modulation = nn.Parameter(torch.empty(6, arch.dim))
         self.self_attn = nn.ModuleDict(
-            {"qkv": nn.Linear(arch.dim, 3 * arch.dim), "norm_q": _Gain(arch.dim), "norm_k": _Gain(arch.dim)}
+            {"qkv": Linear(arch.dim, 3 * arch.dim), "norm_q": _qk_norm(arch), "norm_k": _qk_norm(arch)}
         )
 
     def forward(
         self, hidden_states: Tensor, time_modulation: Tensor, rope_cos: Tensor, rope_sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        eps, num_heads = self.arch.eps, self.arch.num_heads
-        shift, scale = (self.modulation + time_modulation)[:2].chunk(2)  # rows: shift, scale, gate of attention; then of the FFN
-        qkv = self.self_attn["qkv"]
-        normed = op.ada_layer_norm(hidden_states, shift, scale, eps=eps)
-        query, key, value = op.linear(normed, qkv.weight, qkv.bias).chunk(3, dim=-1)
-        norm_q, norm_k = self.self_attn["norm_q"].weight, self.self_attn["norm_k"].weight
-        return (
-            op.qk_norm_rope(query, norm_q, rope_cos, rope_sin, num_heads=num_heads, eps=eps),
-            op.qk_norm_rope(key, norm_k, rope_cos, rope_sin, num_heads=num_heads, eps=eps),
-            value,
-        )
+        # rows: shift, scale and gate of the attention, then of the FFN
+        shift, scale = (self.modulation + time_modulation)[:2].chunk(2)
+        normed = op.ada_layer_norm(hidden_states, shift, scale, eps=self.eps)
+        query, key, value = self.self_attn["qkv"](normed).chunk(3, dim=-1)
+        rope = rope_cos, rope_sin
+        return self.self_attn["norm_q"](query, rope), self.self_attn["norm_k"](key, rope), value
 
 
 class Attention(nn.Module):
@@ -106,29 +98,25 @@ class BlockOut(nn.Module):
 
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
-        self.arch = arch
+        self.eps, self.num_heads = arch.eps, arch.num_heads
         self.modulation = nn.Parameter(torch.empty(6, arch.dim))
-        self.self_attn = nn.ModuleDict({"o": nn.Linear(arch.dim, arch.dim)})
+        self.self_attn = nn.ModuleDict({"o": Linear(arch.dim, arch.dim)})
         self.norm3 = nn.LayerNorm(arch.dim, eps=arch.eps)
         self.cross_attn = nn.ModuleDict(
-            {"q": nn.Linear(arch.dim, arch.dim), "norm_q": _Gain(arch.dim), "o": nn.Linear(arch.dim, arch.dim)}
+            {"q": Linear(arch.dim, arch.dim), "norm_q": _qk_norm(arch), "o": Linear(arch.dim, arch.dim)}
         )
-        self.ffn = nn.ModuleDict({"0": nn.Linear(arch.dim, arch.ffn_dim), "2": nn.Linear(arch.ffn_dim, arch.dim)})
+        self.ffn = nn.Sequential(LinearGelu(arch.dim, arch.ffn_dim), nn.Identity(), Linear(arch.ffn_dim, arch.dim))
 
     def forward(
         self, hidden_states: Tensor, attention_output: Tensor, time_modulation: Tensor, text_key: Tensor, text_value: Tensor
     ) -> Tensor:
-        eps, num_heads = self.arch.eps, self.arch.num_heads
         gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time_modulation)[2:].chunk(4)
-        self_o, cross_q, cross_o = self.self_attn["o"], self.cross_attn["q"], self.cross_attn["o"]
-        ffn_in, ffn_out = self.ffn["0"], self.ffn["2"]
-        x = op.gated_residual(hidden_states, op.linear(attention_output, self_o.weight, self_o.bias), gate)
-        query = op.qk_norm(op.linear(self.norm3(x), cross_q.weight, cross_q.bias), self.cross_attn["norm_q"].weight, eps=eps)
-        cross = op.attention(query, text_key, text_value, num_heads=num_heads)
-        x = x + op.linear(cross, cross_o.weight, cross_o.bias)  # cross-attention has no gate
-        normed = op.ada_layer_norm(x, ffn_shift, ffn_scale, eps=eps)
-        ffn = op.linear(op.linear_gelu(normed, ffn_in.weight, ffn_in.bias), ffn_out.weight, ffn_out.bias)
-        return op.gated_residual(x, ffn, ffn_gate)
+        x = op.gated_residual(hidden_states, self.self_attn["o"](attention_output), gate)
+        query = self.cross_attn["norm_q"](self.cross_attn["q"](self.norm3(x)))
+        cross = op.attention(query, text_key, text_value, num_heads=self.num_heads)
+        x = x + self.cross_attn["o"](cross)  # cross-attention has no gate
+        normed = op.ada_layer_norm(x, ffn_shift, ffn_scale, eps=self.eps)
+        return op.gated_residual(x, self.ffn(normed), ffn_gate)
 
 
 class Head(nn.Module):
@@ -142,22 +130,18 @@ class Head(nn.Module):
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         shift, scale = (self.head.modulation + temb).chunk(2)
         normed = op.ada_layer_norm(hidden_states, shift, scale, eps=self.eps)
-        return op.linear(normed, self.head.head.weight, self.head.head.bias)
+        return self.head.head.forward(normed)
 
 
 class _HeadWeights(nn.Module):
     def __init__(self, arch: TransformerArch) -> None:
         super().__init__()
         self.modulation = nn.Parameter(torch.empty(2, arch.dim))
-        self.head = nn.Linear(arch.dim, arch.out_channels * arch.patch_volume)
+        self.head = Linear(arch.dim, arch.out_channels * arch.patch_volume)
 
 
-class _Gain(nn.Module):
-    """Holds the weight of an RMS norm that a fused operator applies."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+def _qk_norm(arch: TransformerArch) -> QKNorm:
+    return QKNorm(arch.dim, num_heads=arch.num_heads, eps=arch.eps)
 
 
 TRANSFORMER_MODULES: dict[str, type[nn.Module]] = {

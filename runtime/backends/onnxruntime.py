@@ -12,7 +12,12 @@ from runtime.specs import DType, StageSpec, match_shapes
 
 log = logging.getLogger(__name__)
 
-_ORT_TYPES = {DType.F32: "tensor(float)", DType.F16: "tensor(float16)", DType.BF16: "tensor(bfloat16)", DType.I64: "tensor(int64)"}
+_ORT_TYPES = {
+    DType.F32: "tensor(float)",
+    DType.F16: "tensor(float16)",
+    DType.BF16: "tensor(bfloat16)",
+    DType.I64: "tensor(int64)",
+}
 
 
 class OnnxRuntimeEngine:

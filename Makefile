@@ -1,0 +1,56 @@
+# Everything people and CI run. `make demo` and `make test` need nothing but Python 3.11 or later; they make .venv themselves.
+# Variables: PYTHON (interpreter for .venv), VENV (where it goes), PYTEST_ARGS (for `make test`).
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# The first interpreter that is recent enough; named only when .venv has to be made.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+DEMO_PROMPT := A red fox runs through fresh snow, cinematic light
+DEMO_SIZE := 256x160
+DEMO_FRAMES := 33
+
+.PHONY: help demo test check format clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1  \2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-demo  ## toy checkpoint → bundle → demo.mp4 and demo.png
+	$(BIN)/python -m benchmarks.toy_checkpoint demo/checkpoint
+	$(BIN)/wanrt build-engines demo/checkpoint --out demo/bundle
+	$(BIN)/wanrt run demo/bundle --prompt "$(DEMO_PROMPT)" --size $(DEMO_SIZE) --frames $(DEMO_FRAMES) --steps 8 --seed 7 --out demo.mp4
+	$(BIN)/python -m benchmarks.demo demo.mp4 --out demo.png
+
+test: $(VENV)/.installed-dev  ## all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev  ## lint, format and types, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## sort imports and format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the other targets left, .venv included
+	rm -rf $(VENV) demo demo.mp4 demo.json demo.png build dist wanrt.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# A stamp is written last, so an interrupted install starts again; it ages when the requirements change.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found" >&2; echo "hint: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[cpu,export]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[cpu,export,dev]'
+	@touch $@ $(VENV)/.installed-demo

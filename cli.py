@@ -1,0 +1,345 @@
+"""The command line: argv → request → one call. The only place that prints; results go to stdout, words to stderr."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from runtime.errors import RequestError, WanError
+from runtime.version import VERSION
+
+SIZES_HELP = "WIDTHxHEIGHT, or a range WIDTHxHEIGHT..WIDTHxHEIGHT"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status of the error tree (`runtime.errors`), 0 when all went well."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    _terminate_like_ctrl_c()
+    try:
+        return int(arguments.command(arguments) or 0)
+    except WanError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("cancelled; nothing half-written was left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_engines(arguments: argparse.Namespace) -> None:
+    """`wanrt build-engines`: a checkpoint becomes a bundle."""
+    from export.build import BuildEvent, BuildRequest, build_bundle
+    from runtime.specs import Precision
+
+    checkpoint = _checkpoint(arguments)
+
+    def show(event: BuildEvent) -> None:
+        state = "kept" if event.reused else f"{event.seconds:.1f} s"
+        _say(f"[{event.done}/{event.total}] {event.artefact}  {_size(event.bytes)}  {state}", quiet=arguments.json)
+
+    summary = build_bundle(
+        BuildRequest(
+            out=arguments.out,
+            checkpoint=checkpoint,
+            variant=arguments.variant,
+            targets=tuple(dict.fromkeys(arguments.target or ["cpu"])),
+            precision=Precision(arguments.precision) if arguments.precision else None,
+            sizes=_size_range(arguments.size, arguments.frames),
+        ),
+        on_event=show,
+    )
+    if arguments.json:
+        print(json.dumps({**asdict(summary), "bundle": str(summary.bundle)}, ensure_ascii=False))
+        return
+    if summary.unchanged:
+        _say("nothing to do: the bundle already is exactly this")
+    peak = f", peak memory {_size(summary.peak_memory_bytes)}" if summary.peak_memory_bytes else ""
+    _say(
+        f"{summary.variant}: engines {_size(summary.engine_bytes)}, weights {_size(summary.weight_bytes)}, "
+        f"{summary.num_built} built, {summary.num_reused} kept, {summary.seconds:.1f} s{peak}"
+    )
+    print(summary.bundle)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`wanrt run`: a bundle and a prompt become a video."""
+    from runtime.pipeline import VideoPipeline
+    from runtime.run import RunRequest, run_to_file
+
+    progress = _StepBar(sys.stderr, quiet=arguments.json)
+    request = RunRequest(generate=_generate_request(arguments), out=arguments.out, save_latents=arguments.save_latents)
+    pipeline = VideoPipeline.open(arguments.bundle, target=arguments.target, num_threads=arguments.threads)
+    _say(f"target {pipeline.target}: {pipeline.target_reason}", quiet=arguments.json)
+    outcome = run_to_file(pipeline, request, on_step=progress.step)
+    if arguments.json:
+        print(json.dumps({"out": str(outcome.out), "report": asdict(outcome.report)}, ensure_ascii=False))
+        return
+    for warning in outcome.report.warnings:
+        _say(f"warning: {warning}")
+    seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in outcome.report.stage_seconds.items())
+    _say(f"seed {outcome.report.request['seed']}; {seconds}")
+    print(outcome.out)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """`wanrt inspect`: what a bundle holds, and whether this machine can run it."""
+    from runtime.inspection import inspect_bundle, verify_bundle
+
+    inspection = inspect_bundle(arguments.bundle)
+    if arguments.verify:
+        verify_bundle(arguments.bundle, on_file=lambda path: _say(f"verified {path}", quiet=arguments.json))
+    if arguments.json:
+        print(json.dumps({**asdict(inspection), "verified": arguments.verify}, ensure_ascii=False))
+        return
+    for line in inspection.lines():
+        print(line)
+    if arguments.verify:
+        print("hashes      all match")
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    """`wanrt benchmark`: this runtime and its peers, each in its own process, on the same work."""
+    from benchmarks.suite import BenchmarkRequest, run_benchmark
+
+    result = run_benchmark(
+        BenchmarkRequest(
+            suite=arguments.suite,
+            baseline=arguments.baseline,
+            pairs=arguments.pairs,
+            out=arguments.out,
+            readme=arguments.readme,
+        ),
+        on_line=_say,
+    )
+    print(json.dumps(result, ensure_ascii=False, indent=1) if arguments.json else result["table"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wanrt", description="Wan 2.1/2.2 video diffusion without PyTorch at run time.")
+    parser.add_argument("--version", action="version", version=f"wanrt {VERSION}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    common.add_argument("--verbose", action="store_true", help="log what happens")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_build_engines(commands.add_parser("build-engines", parents=[common], help=build_engines.__doc__))
+    _add_run(commands.add_parser("run", parents=[common], help=run.__doc__))
+    command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)
+    command.set_defaults(command=inspect)
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--verify", action="store_true", help="read every file and check its hash")
+    command = commands.add_parser("benchmark", parents=[common], help=benchmark.__doc__)
+    command.set_defaults(command=benchmark)
+    command.add_argument("--suite", choices=["toy"], default="toy")
+    command.add_argument("--baseline", choices=["diffusers"], default="diffusers")
+    command.add_argument("--pairs", type=int, default=5, help="paired runs counted, after one warm-up pair")
+    command.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/)")
+    command.add_argument("--readme", type=Path, help="README whose benchmark table to rewrite")
+    return parser
+
+
+def _add_build_engines(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=build_engines)
+    command.add_argument(
+        "checkpoint", nargs="?", help="checkpoint folder in either layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    command.add_argument("--variant", help="detected from the checkpoint when left out")
+    command.add_argument("--target", action="append", metavar="TARGET", help="may be given several times (default: cpu)")
+    command.add_argument("--precision", choices=["fp32", "fp16", "bf16", "fp8"], help="the target's default when left out")
+    command.add_argument("--size", metavar="SIZES", help=f"sizes to build for: {SIZES_HELP} (default: any)")
+    command.add_argument("--frames", metavar="FRAMES", help="frames to build for: N, or a range N..M (default: any)")
+    command.add_argument("--engines-only", action="store_true", help="build without a checkpoint; needs --variant")
+    command.add_argument(
+        "--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where a hub id is downloaded from"
+    )
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run)
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--negative-prompt", help='the reference\'s default when left out; "" for an empty one')
+    command.add_argument("--size", metavar="WIDTHxHEIGHT")
+    command.add_argument("--frames", type=int)
+    command.add_argument("--steps", type=int)
+    command.add_argument("--shift", type=float)
+    command.add_argument(
+        "--guidance", metavar="SCALE[,SCALE]", help="one scale, or one per expert, the high-noise expert's first"
+    )
+    command.add_argument("--scheduler", choices=["unipc", "dpmpp", "euler"])
+    command.add_argument("--seed", type=int)
+    command.add_argument(
+        "--out", type=Path, default=Path("video.mp4"), help="video.mp4, .gif, .npy or a folder of PNG (default: video.mp4)"
+    )
+    command.add_argument("--latents", type=Path, help="initial noise from a .npy file, float32 [z, T, h, w]")
+    command.add_argument("--save-latents", type=Path, help="write the denoised latents to a .npy file")
+    command.add_argument(
+        "--tile", nargs="?", const="256/192", metavar="TILE[/STRIDE]", help="decode in tiles of this many pixels (256/192)"
+    )
+    command.add_argument(
+        "--conventions",
+        choices=["original", "diffusers"],
+        help="whose behaviour to follow where the peers differ (default: the checkpoint's layout)",
+    )
+    command.add_argument("--target", help="the best one that runs here when left out")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 lets the library choose")
+
+
+def _generate_request(arguments: argparse.Namespace) -> Any:
+    from runtime.request import GenerateRequest
+    from runtime.run import load_latents
+    from runtime.schedulers import Conventions, SchedulerName
+    from runtime.tiling import TileSpec
+
+    width, height = _width_height(arguments.size) if arguments.size else (None, None)
+    tile, stride = _integers(arguments.tile, "/", "--tile", (1, 2)) if arguments.tile else (None, None)
+    return GenerateRequest(
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        width=width,
+        height=height,
+        num_frames=arguments.frames,
+        num_steps=arguments.steps,
+        shift=arguments.shift,
+        guidance=_guidance(arguments.guidance),
+        scheduler=SchedulerName(arguments.scheduler) if arguments.scheduler else None,
+        seed=arguments.seed,
+        latents=load_latents(arguments.latents) if arguments.latents else None,
+        conventions=Conventions(arguments.conventions) if arguments.conventions else None,
+        tile=TileSpec.square(tile, stride or tile * 3 // 4) if tile else None,
+    )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Path | None:
+    if arguments.engines_only:
+        if arguments.checkpoint is not None:
+            raise RequestError("--engines-only takes no checkpoint", hint="leave one of the two out")
+        return None
+    if arguments.checkpoint is None:
+        raise RequestError("no checkpoint given", hint="name its folder or hub id, or build with --engines-only --variant NAME")
+    from export.download import Hub, resolve_checkpoint
+
+    shown = [0.0]
+
+    def show(message: str) -> None:
+        if time.monotonic() - shown[0] > 1:
+            shown[0] = time.monotonic()
+            _say(message, quiet=arguments.json)
+
+    found: Path = resolve_checkpoint(arguments.checkpoint, hub=Hub(arguments.hub), on_progress=show)
+    return found
+
+
+def _size_range(size: str | None, frames: str | None) -> Any:
+    """`--size` and `--frames` of build-engines as a SizeRange; None when both are left out: any size."""
+    from runtime.geometry import MAX_FRAMES, MAX_SIDE, SizeRange, VideoSize
+
+    if size is None and frames is None:
+        return None
+    smallest, largest = _ends(size or f"1x1..{MAX_SIDE}x{MAX_SIDE}")
+    fewest, most = _ends(frames or f"1..{MAX_FRAMES}")
+    low, high = _width_height(smallest), _width_height(largest)
+    few, many = _integer(fewest, "--frames"), _integer(most, "--frames")
+    if low[0] > high[0] or low[1] > high[1] or few > many:
+        raise RequestError(f"{size or frames}: the range is empty", hint="give the smaller end first")
+    return SizeRange(
+        smallest=VideoSize(width=low[0], height=low[1], num_frames=few),
+        largest=VideoSize(width=high[0], height=high[1], num_frames=many),
+    )
+
+
+def _ends(text: str) -> tuple[str, str]:
+    first, dots, last = text.partition("..")
+    return first, last if dots else first
+
+
+def _width_height(text: str) -> tuple[int, int]:
+    width, height = _integers(text, "x", "--size", (2,))
+    return width, height
+
+
+def _integers(text: str, separator: str, option: str, counts: tuple[int, ...]) -> list[int]:
+    parts = text.lower().split(separator)
+    if len(parts) not in counts:
+        raise RequestError(
+            f"{option} {text}: expected numbers with {separator!r} between them", hint="for example 832x480 or 256/192"
+        )
+    return [_integer(part, option) for part in parts]
+
+
+def _integer(text: str, option: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise RequestError(f"{option}: {text!r} is not a whole number", hint="for example 832x480, 81 or 256/192")
+    return int(text)
+
+
+def _guidance(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as exc:
+        raise RequestError(f"--guidance {text}: not numbers", hint="for example 5.0, or 4.0,3.0 for two experts") from exc
+
+
+def _say(text: str, *, quiet: bool = False) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.2f} GiB"
+
+
+def _terminate_like_ctrl_c() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that half-written files are removed."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+class _StepBar:
+    """Draws the denoising progress: a bar that redraws itself on a terminal, one line a step elsewhere."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool) -> None:
+        self._stream, self._quiet = stream, quiet
+        self._redraw = stream.isatty()
+        self._seconds: list[float] = []
+
+    def step(self, event: Any) -> None:
+        """Show one more finished step (a `StepEvent`)."""
+        if self._quiet:
+            return
+        self._seconds.append(event.seconds)
+        left = (event.num_steps - event.step) * sum(self._seconds) / len(self._seconds)
+        filled = 24 * event.step // event.num_steps
+        line = f"step {event.step}/{event.num_steps} [{'#' * filled}{'.' * (24 - filled)}] {event.seconds:.2f} s, {_clock(left)} left"
+        end = "\n" if not self._redraw or event.step == event.num_steps else ""
+        print(f"\r{line:<78}" if self._redraw else line, end=end, file=self._stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

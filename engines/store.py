@@ -1,0 +1,166 @@
+"""The bundle while it is being built: artefacts appear whole, and one whose key is known is not built again.
+
+While a build is under way the folder holds a journal in place of its manifest, so a half bundle is never opened. A killed build
+leaves the journal; the next one takes over every artefact whose key still holds.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime import strict_json
+from runtime.bundle import JOURNAL, MANIFEST, Artefact, Manifest, WeightFile, parse_manifest
+from runtime.errors import BuildError, BundleError
+
+log = logging.getLogger(__name__)
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Journal:
+    """The artefacts finished so far, by their path."""
+
+    artefacts: dict[str, WeightFile]
+
+
+class BundleStore:
+    """Artefacts of one bundle folder, kept by content key. One process builds a bundle at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder / MANIFEST)
+        """The manifest of a finished bundle already there, or None."""
+        self._known = _known_artefacts(self.manifest, folder / JOURNAL)
+        self._building = False
+
+    def has(self, path: str, *, key: str) -> bool:
+        """Whether the artefact at `path` is there with content key `key`."""
+        known = self._known.get(path)
+        return known is not None and known.file.key == key and _has_size(self.folder / path, known.file.bytes)
+
+    def artefact(self, path: str, *, key: str, build: Callable[[Path], dict[str, str] | None]) -> WeightFile:
+        """The artefact at `path` with content key `key`, built only when it is not there yet.
+
+        Args:
+            path: relative to the bundle, forward slashes.
+            build: writes the file it is given; may return digests of the file's parts.
+
+        Raises:
+            BuildError: the file could not be written.
+        """
+        if self.has(path, key=key):
+            return self._known[path]
+        self._begin()
+        if self._known.pop(path, None) is not None:
+            self._save_journal()  # forgotten before its file is replaced: a journal never vouches for other bytes
+        final = self.folder / path
+        partial = final.with_name(final.name + _PARTIAL)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            parts = build(partial) or {}
+            sha256 = parts.pop("", None) or file_sha256(partial)
+            made = WeightFile(file=Artefact(path=path, bytes=partial.stat().st_size, sha256=sha256, key=key), tensors=parts)
+            os.replace(partial, final)
+        except OSError as exc:
+            raise BuildError(
+                f"{path}: could not be written: {exc.strerror or exc}", hint="free some space and run it again"
+            ) from exc
+        finally:
+            partial.unlink(missing_ok=True)
+        self._known[path] = made
+        self._save_journal()
+        return made
+
+    def finish(self, manifest: Manifest) -> bool:
+        """Write the manifest, last of all, and remove what no longer belongs to the bundle.
+
+        Returns:
+            False when the bundle already was exactly this.
+        """
+        if not self._building and manifest == self.manifest:
+            return False
+        self._begin()
+        _write_whole(self.folder / MANIFEST, strict_json.encode(manifest))
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        kept = {artefact.path for artefact in manifest.artefacts()}
+        for path in self._known.keys() - kept:
+            (self.folder / path).unlink(missing_ok=True)
+        return True
+
+    def _begin(self) -> None:
+        """Turn the folder into an unfinished build: from here on it cannot be opened until `finish`."""
+        if self._building:
+            return
+        self._building = True
+        foreign = self.folder.is_dir() and any(self.folder.iterdir())
+        if foreign and not any((self.folder / name).exists() for name in (MANIFEST, JOURNAL)):
+            raise BuildError(f"{self.folder}: not empty and not a bundle", hint="choose another --out folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save_journal()
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            for stale in self.folder.rglob("*" + _PARTIAL):
+                stale.unlink()
+        except OSError as exc:
+            raise BuildError(
+                f"{self.folder}: cannot be written: {exc.strerror or exc}", hint="choose another --out folder"
+            ) from exc
+
+    def _save_journal(self) -> None:
+        _write_whole(self.folder / JOURNAL, strict_json.encode(_Journal(artefacts=self._known)))
+
+
+def content_key(**facts: Any) -> str:
+    """Hash of everything that determines an artefact's content; facts are JSON values."""
+    import json
+
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    if not path.is_file():
+        return None
+    try:
+        return parse_manifest(path.read_bytes(), where=path)
+    except BundleError as exc:  # of another version, or damaged: its artefacts are not trusted, all is built anew
+        log.warning("the bundle there is not reused: %s", exc.message)
+        return None
+
+
+def _known_artefacts(manifest: Manifest | None, journal: Path) -> dict[str, WeightFile]:
+    if manifest is not None:
+        whole = {artefact.path: WeightFile(file=artefact, tensors={}) for artefact in manifest.artefacts()}
+        return whole | {weights.file.path: weights for files in manifest.weights.values() for weights in files.values()}
+    if not journal.is_file():
+        return {}
+    try:
+        return strict_json.decode(_Journal, journal.read_text(), error=BundleError).artefacts
+    except (BundleError, UnicodeDecodeError) as exc:
+        log.warning("the journal of an unfinished build is not usable, all is built anew: %s", exc)
+        return {}
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as exc:
+        partial.unlink(missing_ok=True)
+        raise BuildError(
+            f"{path}: could not be written: {exc.strerror or exc}", hint="free some space and run it again"
+        ) from exc

@@ -1,0 +1,154 @@
+"""What a checkpoint folder holds, read from either layout: architecture numbers and tensors of each network, tokenizer, scheduler."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint.architectures import (
+    check_original_kind,
+    count_blocks,
+    diffusers_text_encoder_arch,
+    diffusers_transformer_arch,
+    diffusers_vae_arch,
+    original_text_encoder_arch,
+    original_transformer_arch,
+    original_vae_arch,
+)
+from export.checkpoint.folders import CheckpointFolder
+from export.checkpoint.readers import TensorFile
+from export.checkpoint.settings import SUPPORTED, Settings
+from export.checkpoint.sources import TensorSource
+from export.layouts import text_encoder_diffusers_names, transformer_diffusers_names, vae_diffusers_names
+from runtime.errors import ExportError
+from runtime.variants import VARIANTS, TextEncoderArch, TransformerArch, VaeArch
+
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
+_DIT = "diffusion_pytorch_model"
+_EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
+_UNUSED_NORM = "norm_added_q"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What either layout holds; transformers from the high-noise to the low-noise one."""
+
+    transformers: tuple[tuple[TransformerArch, TensorSource], ...]
+    text_encoder: tuple[TextEncoderArch, TensorSource]
+    vae: tuple[VaeArch, TensorSource]
+    tokenizer: Path
+    scheduler_config: dict[str, Any] | None = None
+    boundary: float | None = None
+
+
+def original_contents(folder: CheckpointFolder) -> Contents:
+    """Read a folder of the original repositories; what has no config there comes from the tensors' shapes.
+
+    Raises:
+        ExportError: incomplete, damaged, or another kind of model.
+    """
+    places = EXPERT_FOLDERS if any(folder.has(name) for name in EXPERT_FOLDERS) else (".",)
+    transformers = []
+    for place, component in zip(places, _expert_components(len(places)), strict=True):
+        settings = _settings(folder, f"{place}/config.json")
+        check_original_kind(settings)
+        source = TensorSource(component, folder.shards(place, _DIT))
+        arch = original_transformer_arch(settings, source.shape)
+        _check_depth(settings, "num_layers", arch.num_layers, count_blocks(source.names(), "blocks"))
+        transformers.append((arch, source))
+    if not (folder.root / "Wan2.1_VAE.pth").exists() and list(folder.root.glob("Wan2.2_VAE.*")):
+        raise ExportError(f"{folder.root}: has the Wan2.2 VAE of TI2V-5B, needs Wan2.1_VAE.pth", hint=SUPPORTED)
+    text_encoder = TensorSource("text_encoder", [folder.weights("models_t5_*")])
+    vae = TensorSource("vae", [folder.weights("Wan2.1_VAE")])
+    return Contents(
+        transformers=tuple(transformers),
+        text_encoder=(original_text_encoder_arch(text_encoder.names(), text_encoder.shape), text_encoder),
+        vae=(original_vae_arch(vae.names(), vae.shape), vae),
+        tokenizer=folder.file("google/umt5-xxl/tokenizer.json"),
+    )
+
+
+def diffusers_contents(folder: CheckpointFolder) -> Contents:
+    """Read a folder saved by diffusers, whose `transformer` is the high-noise expert and `transformer_2` the low-noise one.
+
+    Raises:
+        ExportError: incomplete, damaged, or another kind of model.
+    """
+    index = _settings(folder, "model_index.json")
+    index.check_fixed({"_class_name": ("WanPipeline",), "expand_timesteps": (False, None)})
+    two_experts = index.values.get("transformer_2") not in (None, [None, None])
+    boundary = index.number("boundary_ratio") if index.values.get("boundary_ratio") is not None else None
+    if two_experts != (boundary is not None):
+        raise ExportError(
+            f"{index.where}: boundary_ratio={boundary} with {1 + two_experts} transformer(s)",
+            hint="two transformers need the boundary between them, and one has none",
+        )
+    places = ("transformer", "transformer_2") if two_experts else ("transformer",)
+    components = _expert_components(len(places))
+    return Contents(
+        transformers=tuple(
+            _diffusers_transformer(folder, place, component) for place, component in zip(places, components, strict=True)
+        ),
+        text_encoder=_diffusers_text_encoder(folder),
+        vae=_diffusers_vae(folder),
+        tokenizer=folder.file("tokenizer/tokenizer.json"),
+        scheduler_config=folder.json("scheduler/scheduler_config.json"),
+        boundary=boundary,
+    )
+
+
+def _diffusers_transformer(folder: CheckpointFolder, place: str, component: str) -> tuple[TransformerArch, TensorSource]:
+    settings = _settings(folder, f"{place}/config.json")
+    arch = diffusers_transformer_arch(settings)
+    files = folder.shards(place, _DIT)
+    stored = _stored_names(files)
+    _check_depth(settings, "num_layers", arch.num_layers, count_blocks(stored, "blocks"))
+    names = _inverse(transformer_diffusers_names(arch))
+    return arch, TensorSource(component, files, names=names, ignored={name for name in stored if _UNUSED_NORM in name})
+
+
+def _diffusers_text_encoder(folder: CheckpointFolder) -> tuple[TextEncoderArch, TensorSource]:
+    settings = _settings(folder, "text_encoder/config.json")
+    arch = diffusers_text_encoder_arch(settings)
+    files = folder.shards("text_encoder", "model")
+    stored = _stored_names(files)
+    _check_depth(settings, "num_layers", arch.num_layers, count_blocks(stored, "encoder.block"))
+    names = _inverse(text_encoder_diffusers_names(arch))
+    if "shared.weight" in stored:
+        return arch, TensorSource("text_encoder", files, names=names, ignored={_EMBEDDING_ALIAS})
+    return arch, TensorSource("text_encoder", files, names={**names, _EMBEDDING_ALIAS: "token_embedding.weight"})
+
+
+def _diffusers_vae(folder: CheckpointFolder) -> tuple[VaeArch, TensorSource]:
+    settings = _settings(folder, "vae/config.json")
+    arch = diffusers_vae_arch(settings)
+    files = folder.shards("vae", _DIT)
+    found = count_blocks(_stored_names(files), "decoder.up_blocks.0.resnets") - 1
+    _check_depth(settings, "num_res_blocks", arch.num_res_blocks, found)
+    return arch, TensorSource("vae", files, names=_inverse(vae_diffusers_names(arch)))
+
+
+def _expert_components(num_experts: int) -> tuple[str, ...]:
+    """What the variants with that many experts call their components, from high noise to low."""
+    row = next(row for row in VARIANTS.values() if len(row.experts) == num_experts)
+    return tuple(expert.component for expert in row.experts)
+
+
+def _settings(folder: CheckpointFolder, name: str) -> Settings:
+    return Settings(str(folder.root / name), folder.json(name))
+
+
+def _check_depth(settings: Settings, key: str, declared: int, found: int) -> None:
+    if declared != found:
+        raise ExportError(
+            f"{settings.where}: {key}={declared}, but the weights beside it hold {found}",
+            hint="a shard is missing, or the config does not belong to these weights",
+        )
+
+
+def _stored_names(files: Iterable[TensorFile]) -> list[str]:
+    return [stored.name for file in files for stored in file.tensors]
+
+
+def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+    return {stored: original for original, stored in names.items()}

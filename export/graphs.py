@@ -1,0 +1,28 @@
+"""Every network's stages as traced graphs."""
+
+from collections.abc import Callable
+
+import onnx
+import torch
+from torch import nn
+
+from export.modules.text_encoder import TEXT_ENCODER_MODULES
+from export.modules.transformer import TRANSFORMER_MODULES
+from export.modules.vae import VAE_MODULES
+from export.trace import trace_stage
+from runtime.specs import StageSpec
+from runtime.stages import network_arch
+from runtime.variants import Variant
+
+_MODULES: dict[str, Callable[..., nn.Module]] = {**TEXT_ENCODER_MODULES, **TRANSFORMER_MODULES, **VAE_MODULES}
+
+
+def stage_graph(variant: Variant, stage: StageSpec) -> onnx.ModelProto:
+    """Trace one stage of a variant; needs no weights.
+
+    Raises:
+        ExportError: the stage could not be captured or differs from its spec.
+    """
+    with torch.device("meta"):
+        module = _MODULES[stage.name](network_arch(variant, stage.network))
+    return trace_stage(module, stage)

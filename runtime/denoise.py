@@ -1,0 +1,113 @@
+"""The denoising loop: expert by timestep, guidance, solver step, one event a step."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from runtime.errors import CancelledError
+from runtime.geometry import Float32
+from runtime.schedulers import Schedule, Solver
+from runtime.schedulers.schedule import NUM_TRAIN_TIMESTEPS
+from runtime.transformer import TextKeyValues, Transformer
+from runtime.variants import Expert
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEvent:
+    """What a caller learns after a step."""
+
+    step: int  # 1 for the first
+    num_steps: int
+    timestep: float
+    expert: str
+    seconds: float
+    latents: Float32  # [C, T, h, w] after the step; not to be written to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """One expert's guidance: `unguided + scale * (guided - unguided)`; without the unguided pass when it changes nothing."""
+
+    scale: float
+    unguided_pass: bool
+
+
+OpenExpert = Callable[[Expert, ExitStack], Transformer]
+"""Opens an expert's transformer; whatever must be closed again is entered into the stack."""
+
+
+def denoise(
+    latents: Float32,
+    *,
+    schedule: Schedule,
+    solver: Solver,
+    experts: Sequence[tuple[Expert, Guidance]],
+    open_expert: OpenExpert,
+    prompt_embeds: Float32,
+    negative_embeds: Float32 | None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Float32:
+    """Run all steps of a schedule.
+
+    Args:
+        latents: initial noise, float32 [C, T, h, w].
+        experts: in the variant's order; one open at a time.
+        prompt_embeds, negative_embeds: [len, text_dim]; the negative one may be None when no expert needs it.
+
+    Returns:
+        The denoised latents, float32 [C, T, h, w].
+
+    Raises:
+        CancelledError: `cancelled` returned true between two steps.
+    """
+    num_steps = len(schedule.timesteps)
+    table = [expert for expert, _ in experts]
+    steps = enumerate(float(timestep) for timestep in schedule.timesteps)
+    for chosen, expert_steps in groupby(steps, key=lambda step: select_expert(step[1], table)):
+        expert, guidance = experts[chosen]
+        with ExitStack() as stack:
+            transformer = open_expert(expert, stack)
+            prompts = [transformer.encode_text(prompt_embeds)]
+            if guidance.unguided_pass:
+                assert negative_embeds is not None
+                prompts.append(transformer.encode_text(negative_embeds))
+            for index, timestep in expert_steps:
+                if cancelled is not None and cancelled():
+                    raise CancelledError(f"cancelled before step {index + 1} of {num_steps}")
+                started = time.perf_counter()
+                noise_pred = _guided(transformer, latents, timestep, prompts, guidance)
+                latents = solver.step(noise_pred, index, latents)
+                if on_step is not None:
+                    seconds = time.perf_counter() - started
+                    on_step(
+                        StepEvent(
+                            step=index + 1,
+                            num_steps=num_steps,
+                            timestep=timestep,
+                            expert=expert.component,
+                            seconds=seconds,
+                            latents=latents,
+                        )
+                    )
+    return latents
+
+
+def select_expert(timestep: float, experts: Sequence[Expert]) -> int:
+    """Index of the first expert whose boundary the timestep reaches; the last one takes the rest."""
+    reached = (i for i, expert in enumerate(experts) if timestep >= expert.boundary * NUM_TRAIN_TIMESTEPS)
+    return next(reached, len(experts) - 1)
+
+
+def _guided(
+    transformer: Transformer, latents: Float32, timestep: float, prompts: Sequence[TextKeyValues], guidance: Guidance
+) -> Float32:
+    predictions = transformer.predict(latents, timestep, prompts)
+    if not guidance.unguided_pass:
+        return predictions[0]
+    guided, unguided = predictions
+    return unguided + np.float32(guidance.scale) * (guided - unguided)

@@ -1,0 +1,103 @@
+"""The record of one generation: enough to make the same video again, and what it cost."""
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from runtime.opening import Opener
+from runtime.request import ResolvedRequest
+from runtime.version import VERSION
+
+_DISTRIBUTIONS = ("numpy", "onnxruntime", "tokenizers", "av", "ftfy")
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Seconds spent in each named stage of a generation."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was made, from what, by what, and at what cost."""
+
+    request: dict[str, Any]
+    bundle_sha256: str
+    variant: str
+    target: str
+    precision: str
+    versions: dict[str, str]
+    stage_seconds: dict[str, float]
+    peak_memory_bytes: int | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+
+
+def make_report(opener: Opener, job: ResolvedRequest, clock: StageClock, *, warnings: tuple[str, ...]) -> Report:
+    """The report of a generation that just ended."""
+    request = {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "width": job.size.width,
+        "height": job.size.height,
+        "num_frames": job.size.num_frames,
+        "fps": job.fps,
+        "num_steps": job.num_steps,
+        "shift": job.shift,
+        "guidance": [guidance.scale for guidance in job.guidance],
+        "scheduler": job.scheduler.value,
+        "conventions": job.conventions.value,
+        "seed": job.seed if job.latents is None else None,
+        "initial_latents": "given" if job.latents is not None else "from the seed",
+        "tile": dataclasses.asdict(job.tile) if job.tile else None,
+    }
+    return Report(
+        request=request,
+        bundle_sha256=opener.bundle.sha256,
+        variant=opener.bundle.manifest.variant.name,
+        target=opener.name,
+        precision=opener.target.precision.value,
+        versions=_versions(),
+        stage_seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        peak_memory_bytes=peak_memory_bytes(),
+        warnings=warnings,
+    )
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory this process has had resident so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def _versions() -> dict[str, str]:
+    known = {"wanrt": VERSION, "python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            known[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return known

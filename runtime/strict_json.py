@@ -1,0 +1,85 @@
+"""JSON to frozen dataclasses and back, strictly: an unknown, missing or mistyped key is an error that names its place."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def encode(value: object) -> str:
+    """JSON text of a dataclass tree; keys keep their declared order."""
+    return json.dumps(dataclasses.asdict(value), ensure_ascii=False, indent=1)  # type: ignore[call-overload]
+
+
+def decode(kind: type[T], text: str, *, error: Callable[[str], Exception]) -> T:
+    """Parse `text` into the dataclass `kind`.
+
+    Args:
+        error: makes the exception to raise from a message such as `"targets.cpu.precision: expected one of …"`.
+    """
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise error(f"not JSON: {exc}") from exc
+    try:
+        return typing.cast(T, _build(kind, data, ""))
+    except _Mismatch as exc:
+        raise error(str(exc)) from exc
+
+
+class _Mismatch(Exception):
+    pass
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a number here")
+
+
+def _build(kind: Any, data: object, at: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type, kind), data, at)
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _build(inner, data, at)
+    if origin is tuple:
+        items = _expect(list, data, at)
+        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(items):
+            raise _Mismatch(f"{at or 'top'}: expected {len(kinds)} items, got {len(items)}")
+        return tuple(
+            _build(item_kind, item, f"{at}[{i}]") for i, (item_kind, item) in enumerate(zip(kinds, items, strict=True))
+        )
+    if origin is dict:
+        return {key: _build(arguments[1], item, f"{at}.{key}") for key, item in _expect(dict, data, at).items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        if data not in [member.value for member in kind]:
+            raise _Mismatch(f"{at}: expected one of {[member.value for member in kind]}, got {data!r}")
+        return kind(data)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    return _expect(kind, data, at)
+
+
+def _build_dataclass(kind: type, data: object, at: str) -> Any:
+    items = _expect(dict, data, at)
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    if missing := [name for name in names if name not in items]:
+        raise _Mismatch(f"{at or 'top'}: missing {missing}")
+    if unknown := [name for name in items if name not in names]:
+        raise _Mismatch(f"{at or 'top'}: unknown {unknown}")
+    return kind(**{name: _build(hints[name], items[name], f"{at}.{name}".lstrip(".")) for name in names})
+
+
+def _expect(kind: type[T], data: object, at: str) -> T:
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
+        raise _Mismatch(f"{at or 'top'}: expected {kind.__name__}, got {type(data).__name__}")
+    return data

@@ -1,0 +1,95 @@
+"""Weights at run time: memory-mapped safetensors, bound to stages by name.
+
+The mapping is read here and not through the safetensors package because its NumPy interface copies every tensor into memory.
+Format: 8 bytes little-endian header length, a JSON header of name → dtype, shape, data_offsets, then the bytes.
+"""
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import Array, Backend, DeviceTensor
+from runtime.errors import BundleError
+from runtime.specs import DType, StageSpec
+
+_NUMPY_TYPES: dict[str, Any] = {DType.F32: np.float32, DType.F16: np.float16, DType.BF16: np.uint16, DType.F8_E4M3: np.uint8}
+_MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+
+
+def map_safetensors(path: Path) -> dict[str, Array]:
+    """Map a safetensors file: every tensor by name, read-only and without reading its bytes (bf16 as uint16, fp8 as uint8).
+
+    Raises:
+        BundleError: truncated, overlapping, mistyped or otherwise malformed.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise BundleError(f"{path.name}: not a safetensors file: header of {length} bytes in a file of {size}")
+        try:
+            header = json.loads(file.read(length))
+            entries = [(str(name), _entry(entry)) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+            raise BundleError(f"{path.name}: malformed safetensors header: {exc!r}") from exc
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    tensors: dict[str, Array] = {}
+    at = 0
+    for name, (dtype, shape, begin, end) in sorted(entries, key=lambda entry: entry[1][2]):
+        count = 1
+        for extent in shape:
+            count *= extent
+        if begin != at or end - begin != count * np.dtype(dtype).itemsize or end > mapped.size:
+            raise BundleError(f"{path.name}: {name}: shape {list(shape)} does not fit bytes {begin}..{end} of {mapped.size}")
+        tensors[name] = mapped[begin:end].view(dtype).reshape(shape)
+        at = end
+    if at != mapped.size:
+        raise BundleError(f"{path.name}: {mapped.size - at} bytes belong to no tensor")
+    return tensors
+
+
+class WeightStore:
+    """A component's weights on a backend, all resident.
+
+    Args:
+        path: the component's safetensors file.
+        stages: the stages that will ask; their weights must all be there with the declared shapes.
+        backend: where the weights go.
+
+    Raises:
+        BundleError: a declared weight is missing or misshapen.
+    """
+
+    def __init__(self, path: Path, stages: Iterable[StageSpec], backend: Backend, *, num_blocks: int) -> None:
+        self._tensors = map_safetensors(path)
+        self._backend = backend
+        for stage in stages:
+            for block in range(num_blocks) if stage.per_block else (None,):
+                for weight in stage.weights:
+                    name = stage.weight_name(weight.name, block)
+                    found = self._tensors.get(name)
+                    if found is None or found.shape != weight.shape or found.dtype != _NUMPY_TYPES[weight.dtype]:
+                        given = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                        raise BundleError(f"{path.name}: {name}: {given}, expected {weight.dtype} {list(weight.shape)}")
+
+    def stage_weights(self, stage: StageSpec, block: int | None) -> Mapping[str, DeviceTensor]:
+        """The weights of `stage`, by the names the engine knows."""
+        return {
+            weight.name: self._backend.to_device(self._tensors[stage.weight_name(weight.name, block)])
+            for weight in stage.weights
+        }
+
+    def host_tensor(self, name: str) -> Array:
+        """A weight that the host reads itself, such as an embedding table; still mapped."""
+        return self._tensors[name]
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[Any, tuple[int, ...], int, int]:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"extents and offsets must be non-negative integers, got {shape}, {begin}, {end}")
+    return _NUMPY_TYPES[entry["dtype"]], shape, begin, end
