@@ -86,8 +86,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"out": str(outcome.out), "report": asdict(outcome.report)}, ensure_ascii=False))
         return
-    for warning in outcome.report.warnings:
-        _say(f"warning: {warning}")
     seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in outcome.report.stage_seconds.items())
     _say(f"seed {outcome.report.request['seed']}; {seconds}")
     print(outcome.out)
@@ -229,14 +227,14 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
         return None
     if arguments.checkpoint is None:
         raise RequestError("no checkpoint given", hint="name its folder or hub id, or build with --engines-only --variant NAME")
-    from export.download import Hub, resolve_checkpoint
+    from export.download import DownloadEvent, Hub, resolve_checkpoint
 
     shown = [0.0]
 
-    def show(message: str) -> None:
+    def show(event: DownloadEvent) -> None:
         if time.monotonic() - shown[0] > 1:
             shown[0] = time.monotonic()
-            _say(message, quiet=arguments.json)
+            _say(f"downloaded {_size(event.done_bytes)} of {_size(event.total_bytes)}", quiet=arguments.json)
 
     found: Path = resolve_checkpoint(arguments.checkpoint, hub=Hub(arguments.hub), on_progress=show)
     return found

@@ -4,6 +4,7 @@ The ONNX body, in standard operators, is the reference for every target: a targe
 function computes the same in eager mode, so that a module can be compared with its oracle before anything is traced.
 """
 
+import math
 from collections.abc import Sequence
 
 import onnx
@@ -20,6 +21,10 @@ _BODIES = {
     "Linear": """
         Linear (x, weight, bias) => (y) {
             y = Gemm <transB = 1> (x, weight, bias)
+        }""",
+    "LinearNoBias": """
+        LinearNoBias (x, weight) => (y) {
+            y = Gemm <transB = 1> (x, weight)
         }""",
     "LinearGelu": """
         LinearGelu (x, weight, bias) => (y) {
@@ -63,6 +68,31 @@ _BODIES = {
             y_b = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads> (query_b, key_b, value_b)
             y = Squeeze (y_b, batch_axis)
         }""",
+    "CausalConv": """
+        CausalConv <pads> (x, past, weight, bias) => (y, next_past) {
+            window = Concat <axis = 1> (past, x)
+            batch_axis = Constant <value_ints = [0]> ()
+            window_b = Unsqueeze (window, batch_axis)
+            y_b = Conv <pads: ints = @pads> (window_b, weight, bias)
+            y = Squeeze (y_b, batch_axis)
+            time_axis = Constant <value_ints = [1]> ()
+            start = Constant <value_ints = [-2]> ()
+            end = Constant <value_ints = [2147483647]> ()
+            next_past = Slice (window, start, end, time_axis)
+        }""",
+    "FirstCausalConv": """
+        FirstCausalConv (x, weight, bias) => (y, next_past) {
+            time_axis = Constant <value_ints = [2]> ()
+            start = Constant <value_ints = [-1]> ()
+            end = Constant <value_ints = [2147483647]> ()
+            present = Slice (weight, start, end, time_axis)
+            batch_axis = Constant <value_ints = [0]> ()
+            x_b = Unsqueeze (x, batch_axis)
+            y_b = Conv <pads = [0, 1, 1, 0, 1, 1]> (x_b, present, bias)
+            y = Squeeze (y_b, batch_axis)
+            one_frame = Constant <value_ints = [0, 1, 0, 0, 0, 0, 0, 0]> ()
+            next_past = Pad (x, one_frame)
+        }""",
     "ChannelNormSilu": """
         ChannelNormSilu <scale> (x, gamma) => (y) {
             channel_axis = Constant <value_ints = [0]> ()
@@ -99,6 +129,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+def linear_no_bias(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T`, shapes as in `linear`."""
+    if _tracing():
+        return _call("LinearNoBias", (x, weight), like=x, shape=(x.shape[0], weight.shape[0]))
+    return functional.linear(x, weight)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gelu_tanh(x @ weight.T + bias)`, shapes as in `linear`."""
     if _tracing():
@@ -131,7 +168,7 @@ def qk_norm_rope(x: Tensor, weight: Tensor, rope_cos: Tensor, rope_sin: Tensor, 
     """`qk_norm`, then rotation of each head's adjacent pairs: x [N, D], weight [D], tables [N, head_dim / 2]."""
     if _tracing():
         return _call("QKNormRope", (x, weight, rope_cos, rope_sin), like=x, shape=x.shape, epsilon=eps, num_heads=num_heads)
-    pairs = functional.rms_norm(x, (x.shape[-1],), weight, eps).view(len(x), num_heads, -1, 2)
+    pairs = functional.rms_norm(x, (x.shape[-1],), weight, eps).reshape(len(x), num_heads, -1, 2)
     real, imaginary = pairs.unbind(-1)  # [N, heads, head_dim / 2]
     cos, sin = rope_cos[:, None], rope_sin[:, None]
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(1)
@@ -142,8 +179,37 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> T
     if _tracing():
         return _call("Attention", (query, key, value), like=query, shape=query.shape, num_heads=num_heads)
     # scaled_dot_product_attention's own default scale is 1/sqrt(head_dim)
-    query, key, value = (x.view(len(x), num_heads, -1).transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x.reshape(len(x), num_heads, -1).transpose(0, 1) for x in (query, key, value))
     return functional.scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1)
+
+
+def causal_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Convolution over two past frames and the present ones, zero-padded in space to keep its size.
+
+    The new past is cut from both, never from `x` alone: it depends on the old one, so that a target may give both one buffer.
+
+    Args:
+        x: [C, T, H, W]; past: [C, 2, H, W], the last frames before it.
+        weight: [O, C, 3, k, k].
+
+    Returns:
+        [O, T, H, W] and the last two frames, [C, 2, H, W].
+    """
+    margin = weight.shape[-1] // 2
+    if _tracing():
+        pads = (0, margin, margin, 0, margin, margin)
+        shapes = ((weight.shape[0], *x.shape[1:]), past.shape)
+        return _call_pair("CausalConv", (x, past, weight, bias), shapes=shapes, pads=pads)
+    window = torch.cat((past, x), dim=1)
+    return functional.conv3d(window, weight, bias, padding=(0, margin, margin)), window[:, -2:]
+
+
+def first_causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`causal_conv` of one frame [C, 1, H, W] after nothing but zeros, with the last third of the kernel; weight [O, C, 3, 3, 3]."""
+    if _tracing():
+        shapes = ((weight.shape[0], *x.shape[1:]), (x.shape[0], 2, *x.shape[2:]))
+        return _call_pair("FirstCausalConv", (x, weight, bias), shapes=shapes)
+    return functional.conv3d(x, weight[:, :, -1:], bias, padding=(0, 1, 1)), functional.pad(x, (0, 0, 0, 0, 1, 0))
 
 
 def channel_norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
@@ -163,3 +229,13 @@ def _call(name: str, inputs: Sequence[Tensor], *, like: Tensor, shape: Sequence[
     return torch.onnx.ops.symbolic(
         f"{FUNCTION_DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=DOMAIN_VERSION
     )
+
+
+def _call_pair(
+    name: str, inputs: Sequence[Tensor], *, shapes: Sequence[Sequence[int]], **attributes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    dtypes = [inputs[0].dtype] * 2
+    first, second = torch.onnx.ops.symbolic_multi_out(
+        f"{FUNCTION_DOMAIN}::{name}", inputs, attributes, dtypes=dtypes, shapes=shapes, version=DOMAIN_VERSION
+    )
+    return first, second

@@ -68,7 +68,8 @@ def trace_stage(module: nn.Module, spec: StageSpec) -> onnx.ModelProto:
     wrapper = _WeightsAsInputs(module.eval(), weight_names).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), _fake_tensors():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # about the exporter's own internals
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # warns once a stage that torchvision is absent
             inputs = [_example(tensor, extents) for tensor in spec.inputs]
             weights = [_example(tensor, extents) for tensor in spec.weights]
             program = torch.onnx.export(

@@ -19,7 +19,7 @@ from runtime.report import Report, StageClock, make_report
 from runtime.request import GenerateRequest, ResolvedRequest, resolve_request
 from runtime.schedulers import SOLVERS, make_schedule
 from runtime.stages.text_encoder import TOKEN_EMBEDDING
-from runtime.text import Tokenizer
+from runtime.text import MAX_TOKENS, Tokenizer
 from runtime.text_encoder import encode_prompt
 from runtime.tiling import decode_tiled
 from runtime.transformer import Transformer
@@ -117,13 +117,13 @@ class VideoPipeline:
 
     def _encode_prompts(self, job: ResolvedRequest, clock: StageClock) -> tuple[list[Float32], tuple[str, ...]]:
         """Embeddings [len, text_dim] of the prompt and, when an expert needs it, of the negative prompt; and warnings."""
-        arch = self.bundle.manifest.variant.text_encoder
+        variant = self.bundle.manifest.variant
         needs_negative = any(guidance.unguided_pass for guidance in job.guidance)
-        tokenizer = Tokenizer(self._opener.tokenizer_file())
+        tokenizer = Tokenizer(self._opener.tokenizer_file(), max_tokens=min(MAX_TOKENS, variant.transformer.text_len))
         texts = [tokenizer.encode(text) for text in (job.prompt, job.negative_prompt)[: 1 + needs_negative]]
         with clock.stage("text_encoder"), self._opener.network("text_encoder") as (component, weights):
             table = weights.host_tensor(TOKEN_EMBEDDING)
-            embeds = [encode_prompt(component, table, text.ids, arch) for text in texts]
+            embeds = [encode_prompt(component, table, text.ids, variant.text_encoder) for text in texts]
         return embeds, tuple(text.warning for text in texts if text.warning)
 
     def _denoise(

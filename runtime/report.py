@@ -1,6 +1,7 @@
 """The record of one generation: enough to make the same video again, and what it cost."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 import sys
@@ -54,7 +55,22 @@ class Report:
 
 def make_report(opener: Opener, job: ResolvedRequest, clock: StageClock, *, warnings: tuple[str, ...]) -> Report:
     """The report of a generation that just ended."""
-    request = {
+    return Report(
+        request=request_facts(job),
+        bundle_sha256=opener.bundle.sha256,
+        variant=opener.bundle.manifest.variant.name,
+        target=opener.name,
+        precision=opener.target.precision.value,
+        versions=_versions(),
+        stage_seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        peak_memory_bytes=peak_memory_bytes(),
+        warnings=warnings,
+    )
+
+
+def request_facts(job: ResolvedRequest) -> dict[str, Any]:
+    """A resolved request as JSON values: with the same bundle, enough to make the same video again."""
+    return {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "width": job.size.width,
@@ -67,20 +83,9 @@ def make_report(opener: Opener, job: ResolvedRequest, clock: StageClock, *, warn
         "scheduler": job.scheduler.value,
         "conventions": job.conventions.value,
         "seed": job.seed if job.latents is None else None,
-        "initial_latents": "given" if job.latents is not None else "from the seed",
+        "initial_latents_sha256": None if job.latents is None else hashlib.sha256(job.latents.tobytes()).hexdigest(),
         "tile": dataclasses.asdict(job.tile) if job.tile else None,
     }
-    return Report(
-        request=request,
-        bundle_sha256=opener.bundle.sha256,
-        variant=opener.bundle.manifest.variant.name,
-        target=opener.name,
-        precision=opener.target.precision.value,
-        versions=_versions(),
-        stage_seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
-        peak_memory_bytes=peak_memory_bytes(),
-        warnings=warnings,
-    )
 
 
 def peak_memory_bytes() -> int | None:

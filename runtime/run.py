@@ -1,8 +1,9 @@
 """One generation into files: the output is checked first, everything appears whole or not at all, the report lies beside it."""
 
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from runtime.denoise import StepEvent
 from runtime.errors import RequestError
 from runtime.geometry import Float32
 from runtime.pipeline import VideoPipeline
-from runtime.report import Report
+from runtime.report import Report, request_facts
 from runtime.request import GenerateRequest
 from runtime.video import check_output, open_writer
 
@@ -55,9 +56,10 @@ def run_to_file(
         check_latents_output(request.save_latents)
     job = pipeline.resolve(request.generate)
     save = request.save_latents
-    with open_writer(request.out, fps=job.fps, width=job.size.width, height=job.size.height) as writer:
+    metadata = json.dumps({"bundle_sha256": pipeline.bundle.sha256, **request_facts(job)}, ensure_ascii=False)
+    with open_writer(request.out, fps=job.fps, width=job.size.width, height=job.size.height, metadata=metadata) as writer:
         video = pipeline.generate(
-            request.generate,
+            replace(request.generate, seed=job.seed),
             on_step=on_step,
             on_latents=None if save is None else lambda latents: _save_latents(save, latents),
             cancelled=cancelled,

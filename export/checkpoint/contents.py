@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ from export.layouts import text_encoder_diffusers_names, transformer_diffusers_n
 from runtime.errors import ExportError
 from runtime.variants import VARIANTS, TextEncoderArch, TransformerArch, VaeArch
 
-EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
+_EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 _DIT = "diffusion_pytorch_model"
 _EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
 _UNUSED_NORM = "norm_added_q"
+
+
+class Layout(StrEnum):
+    """Whose folder it is. Where the two behave differently, the layout decides which behaviour is right."""
+
+    ORIGINAL = "original"
+    DIFFUSERS = "diffusers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +49,46 @@ class Contents:
     boundary: float | None = None
 
 
+def layout_of(folder: CheckpointFolder) -> Layout:
+    """Which layout a folder has, judged by its config files.
+
+    Raises:
+        ExportError: neither.
+    """
+    if folder.has("model_index.json"):
+        return Layout.DIFFUSERS
+    if any(folder.has(name) for name in ("config.json", *_EXPERT_FOLDERS)):
+        return Layout.ORIGINAL
+    nothing = "has neither model_index.json (diffusers) nor config.json or high_noise_model/ (original)"
+    reason = nothing if folder.root.is_dir() else "is not a folder"
+    raise ExportError(f"{folder.root}: {reason}", hint="give the folder of a whole Wan checkpoint")
+
+
+def check_kind(folder: CheckpointFolder) -> None:
+    """Check that the folder's top config files describe a text-to-video model; no weights need be there.
+
+    Raises:
+        ExportError: no checkpoint, or one of another kind; the message says which.
+    """
+    if layout_of(folder) is Layout.DIFFUSERS:
+        fixed = {"_class_name": ("WanPipeline",), "expand_timesteps": (False, None)}
+        _settings(folder, "model_index.json").check_fixed(fixed)
+        return
+    for place in _original_places(folder):
+        check_original_kind(_settings(folder, f"{place}/config.json"))
+
+
 def original_contents(folder: CheckpointFolder) -> Contents:
     """Read a folder of the original repositories; what has no config there comes from the tensors' shapes.
 
     Raises:
         ExportError: incomplete, damaged, or another kind of model.
     """
-    places = EXPERT_FOLDERS if any(folder.has(name) for name in EXPERT_FOLDERS) else (".",)
+    check_kind(folder)
+    places = _original_places(folder)
     transformers = []
     for place, component in zip(places, _expert_components(len(places)), strict=True):
         settings = _settings(folder, f"{place}/config.json")
-        check_original_kind(settings)
         source = TensorSource(component, folder.shards(place, _DIT))
         arch = original_transformer_arch(settings, source.shape)
         _check_depth(settings, "num_layers", arch.num_layers, count_blocks(source.names(), "blocks"))
@@ -74,8 +111,8 @@ def diffusers_contents(folder: CheckpointFolder) -> Contents:
     Raises:
         ExportError: incomplete, damaged, or another kind of model.
     """
+    check_kind(folder)
     index = _settings(folder, "model_index.json")
-    index.check_fixed({"_class_name": ("WanPipeline",), "expand_timesteps": (False, None)})
     two_experts = index.values.get("transformer_2") not in (None, [None, None])
     boundary = index.number("boundary_ratio") if index.values.get("boundary_ratio") is not None else None
     if two_experts != (boundary is not None):
@@ -95,6 +132,11 @@ def diffusers_contents(folder: CheckpointFolder) -> Contents:
         scheduler_config=folder.json("scheduler/scheduler_config.json"),
         boundary=boundary,
     )
+
+
+def _original_places(folder: CheckpointFolder) -> tuple[str, ...]:
+    """Where the transformers are, from the high-noise to the low-noise one."""
+    return _EXPERT_FOLDERS if any(folder.has(name) for name in _EXPERT_FOLDERS) else (".",)
 
 
 def _diffusers_transformer(folder: CheckpointFolder, place: str, component: str) -> tuple[TransformerArch, TensorSource]:

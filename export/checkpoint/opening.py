@@ -3,12 +3,11 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from export.checkpoint.contents import EXPERT_FOLDERS, Contents, diffusers_contents, original_contents
+from export.checkpoint.contents import Contents, Layout, diffusers_contents, layout_of, original_contents
 from export.checkpoint.folders import CheckpointFolder
 from export.checkpoint.settings import SUPPORTED
 from export.checkpoint.sources import TensorSource, check_component
@@ -17,13 +16,6 @@ from runtime.errors import ExportError
 from runtime.variants import VARIANTS, TransformerArch, Variant
 
 log = logging.getLogger(__name__)
-
-
-class Layout(StrEnum):
-    """Whose folder it is. Where the two behave differently, the layout decides which behaviour is right."""
-
-    ORIGINAL = "original"
-    DIFFUSERS = "diffusers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +60,7 @@ def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
         ExportError: not a checkpoint, incomplete, damaged, of an unsupported kind, or not the variant asked for.
     """
     folder = CheckpointFolder(path)
-    layout = _layout(folder)
+    layout = layout_of(folder)
     contents = diffusers_contents(folder) if layout is Layout.DIFFUSERS else original_contents(folder)
     row = _variant(path, variant, contents)
     for arch, source in contents.transformers:
@@ -84,18 +76,6 @@ def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
         tokenizer=contents.tokenizer,
         scheduler_config=contents.scheduler_config,
         fingerprint=folder.fingerprint(layout),
-    )
-
-
-def _layout(folder: CheckpointFolder) -> Layout:
-    if folder.has("model_index.json"):
-        return Layout.DIFFUSERS
-    if any(folder.has(name) for name in ("config.json", *EXPERT_FOLDERS)):
-        return Layout.ORIGINAL
-    what = "has neither model_index.json (diffusers) nor config.json or high_noise_model/ (original)"
-    raise ExportError(
-        f"{folder.root}: {what if folder.root.is_dir() else 'is not a folder'}",
-        hint="give the folder of a whole Wan checkpoint",
     )
 
 

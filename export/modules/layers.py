@@ -13,6 +13,16 @@ class Linear(nn.Linear):
         return op.linear(x, self.weight, self.bias)
 
 
+class LinearNoBias(nn.Linear):
+    """`wanrt::LinearNoBias`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return op.linear_no_bias(x, self.weight)
+
+
 class LinearGelu(nn.Linear):
     """`wanrt::LinearGelu`: a linear layer and the tanh-approximated GELU after it."""
 

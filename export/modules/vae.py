@@ -29,36 +29,28 @@ class Caches:
         self._past: Iterator[Tensor] = iter(past or ())
         self.next: list[Tensor] = []
 
-    def window(self, x: Tensor) -> Tensor:
-        """Past and present frames of one convolution's input: [C, T, H, W] → [C, 2 + T, H, W].
+    def convolve(self, x: Tensor, conv: nn.Conv3d) -> Tensor:
+        """One convolution over time: [C, T, H, W] → [O, T, H, W]."""
+        if self.first:  # the past is zero, so only the kernel's last frame counts: a third of the work
+            y, past = op.first_causal_conv(x, conv.weight, _bias(conv))
+        else:
+            y, past = op.causal_conv(x, next(self._past), conv.weight, _bias(conv))
+        self.next.append(past)
+        return y
 
-        The new cache is cut from the window and not from `x`, so that it depends on the old one: a backend may give both the
-        same memory.
-        """
-        window = torch.cat((next(self._past), x), dim=1)
-        self.next.append(window[:, -CACHE_FRAMES:])
-        return window
-
-    def keep_first(self, frame: Tensor) -> None:
-        """The cache after the first frame: a zero frame, then this one, [C, 1, H, W]."""
-        self.next.append(functional.pad(frame, (0, 0, 0, 0, CACHE_FRAMES - 1, 0)))
-
-    def keep_zeros(self, frame: Tensor) -> None:
-        """The cache of a convolution that the first frame does not pass."""
+    def skip(self, frame: Tensor) -> None:
+        """The cache of a convolution that the first frame does not pass: zeros."""
         self.next.append(torch.zeros_like(frame).repeat(1, CACHE_FRAMES, 1, 1))
 
 
 class CausalConv(nn.Conv3d):
-    """Convolution over the present and two past frames, 3x3 in space."""
+    """3x3 convolution over the present and two past frames."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3)
 
-    def forward(self, x: Tensor, caches: Caches) -> Tensor:  # type: ignore[override]  # the cache is this layer's second input
-        if caches.first:  # the past is zero, so only the kernel's last frame counts: a third of the work
-            caches.keep_first(x)
-            return functional.conv3d(x, self.weight[:, :, -1:], self.bias, padding=(0, 1, 1))
-        return functional.conv3d(caches.window(x), self.weight, self.bias, padding=(0, 1, 1))
+    def forward(self, x: Tensor, caches: Caches) -> Tensor:  # type: ignore[override]  # the caches are this layer's second input
+        return caches.convolve(x, self)
 
 
 class Pointwise(nn.Conv3d):
@@ -80,7 +72,7 @@ class RmsNorm(nn.Module):
         self.scale = math.sqrt(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=0, keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(x, dim=0, keepdim=True)
         return x * (self.scale / length.clamp_min(1e-12)) * self.gamma
 
 
@@ -133,12 +125,13 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
         if self.time_conv is not None:
-            halves = self.time_conv(caches.window(x)).unflatten(0, (2, -1))  # [2, C, T, h, w]: even frames, odd frames
+            halves = caches.convolve(x, self.time_conv).unflatten(0, (2, -1))  # [2, C, T, h, w]: even frames, odd frames
             x = halves.permute(1, 2, 0, 3, 4).flatten(1, 2)  # [C, 2T, h, w]
         elif self.doubles_time:
-            caches.keep_zeros(x)
+            caches.skip(x)
         x = functional.interpolate(x, scale_factor=2, mode="nearest")  # for a factor of 2 the same as "nearest-exact"
         conv = self.resample["1"]
+        assert isinstance(conv, nn.Conv2d)
         return functional.conv3d(x, conv.weight[:, :, None], _bias(conv), padding=(0, 1, 1))
 
 
@@ -216,6 +209,7 @@ def _hang(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _norm_silu_conv(x: Tensor, norm: nn.Module, conv: nn.Module, caches: Caches) -> Tensor:
+    assert isinstance(norm, RmsNorm)
     convolved: Tensor = conv(op.channel_norm_silu(x, norm.gamma), caches)
     return convolved
 

@@ -23,9 +23,9 @@ class Dpmpp:
     def step(self, noise_pred: Latents, step_index: int, latents: Latents) -> Latents:
         in_order(step_index, expected=self._steps_done)
         sigma, next_sigma = self._sigmas[step_index : step_index + 2]
-        x0 = latents - sigma * noise_pred
+        x0: Latents = latents - sigma * noise_pred
         gain = (1 - next_sigma) * self._decay(step_index)
-        result: Latents = latents * (next_sigma / sigma) - x0 * gain
+        result = (next_sigma / sigma) * latents - gain * x0
         if self._settings.solver_order == 2 and 0 < step_index < len(self._sigmas) - 2:
             result += self._curvature(x0, step_index)
         self._previous_x0 = x0

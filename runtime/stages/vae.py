@@ -108,13 +108,12 @@ def vae_stages(arch: VaeArch) -> tuple[StageSpec, ...]:
 
 def _cache_shapes(layer: Layer) -> Iterator[tuple[Axis, ...]]:
     """One cache per convolution over time: the last frames of its input, [C, 2, height, width]."""
+    widths: tuple[int, ...] = ()
     match layer.kind:
         case LayerKind.CONV | LayerKind.UPSAMPLE_TIME | LayerKind.HEAD:
             widths = (layer.in_channels,)
         case LayerKind.RES_BLOCK:
             widths = (layer.in_channels, layer.out_channels)
-        case _:
-            widths = ()
     for width in widths:
         yield (width, CACHE_FRAMES, *_pixels(layer.scale))
 
