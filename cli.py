@@ -46,8 +46,8 @@ def build_engines(arguments: argparse.Namespace) -> None:
     checkpoint = _checkpoint(arguments)
 
     def show(event: BuildEvent) -> None:
-        state = "kept" if event.reused else f"{event.seconds:.1f} s"
-        _say(f"[{event.done}/{event.total}] {event.artefact}  {_size(event.bytes)}  {state}", quiet=arguments.json)
+        quiet = arguments.json or event.reused
+        _say(f"[{event.done}/{event.total}] {event.artefact}  {_size(event.bytes)}  {event.seconds:.1f} s", quiet=quiet)
 
     summary = build_bundle(
         BuildRequest(

@@ -3,6 +3,7 @@
 The toys are large enough for the CPU to compute rather than to wait, and small enough for a pair of runs to take half a minute.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -73,5 +74,6 @@ def environment(*, num_threads: int | None = None) -> dict[str, str]:
 
 
 def describe(workload: Workload, *, num_threads: int) -> dict[str, Any]:
-    """A workload's numbers for the result."""
-    return {**asdict(workload), "precision": "fp32", "num_threads": num_threads, "output": "frames as .npy, uint8 [T, H, W, 3]"}
+    """A workload's numbers for the result, as JSON holds them."""
+    described: dict[str, Any] = json.loads(json.dumps(asdict(workload)))  # tuples become lists
+    return {**described, "precision": "fp32", "num_threads": num_threads, "output": "frames as .npy, uint8 [T, H, W, 3]"}

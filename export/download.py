@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.errors import ExportError
 
-_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
+_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index*.json")
 _KIND_PATTERNS = ("model_index.json", "config.json", "high_noise_model/config.json", "low_noise_model/config.json")
 _ORIGINAL_PATTERNS = (
     *_WEIGHTS,
@@ -31,7 +31,7 @@ _DIFFUSERS_PATTERNS = (
     *(f"{folder}/{name}" for folder in ("transformer", "transformer_2", "vae") for name in ("config.json", *_WEIGHTS)),
     "text_encoder/config.json",
     "text_encoder/model*.safetensors",
-    "text_encoder/model*.safetensors.index.json",
+    "text_encoder/model*.safetensors.index*.json",
     "tokenizer/tokenizer.json",
     "scheduler/scheduler_config.json",
 )

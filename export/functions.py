@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from runtime.specs import FUNCTION_DOMAIN
 
+Attribute = int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
 DOMAIN_VERSION = 1
 
 _BODIES = {
@@ -225,14 +226,14 @@ def _tracing() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _call(name: str, inputs: Sequence[Tensor], *, like: Tensor, shape: Sequence[int], **attributes: float | int) -> Tensor:
+def _call(name: str, inputs: Sequence[Tensor], *, like: Tensor, shape: Sequence[int], **attributes: Attribute) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{FUNCTION_DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=DOMAIN_VERSION
     )
 
 
 def _call_pair(
-    name: str, inputs: Sequence[Tensor], *, shapes: Sequence[Sequence[int]], **attributes: Sequence[int]
+    name: str, inputs: Sequence[Tensor], *, shapes: Sequence[Sequence[int]], **attributes: Attribute
 ) -> tuple[Tensor, Tensor]:
     dtypes = [inputs[0].dtype] * 2
     first, second = torch.onnx.ops.symbolic_multi_out(

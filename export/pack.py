@@ -6,17 +6,28 @@ their first axis. Linear weights stay [out, in]: ONNX Runtime's Gemm and cuBLASL
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from export.checkpoint import TensorSource
 from export.trace import TORCH_DTYPES
 from runtime.errors import ExportError
 from runtime.specs import DType, StageSpec
+
+
+class PackSource(Protocol):
+    """Where a component's tensors are read from; `export.checkpoint.TensorSource` is one."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
 
 _FUSED = {
     "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
@@ -24,6 +35,7 @@ _FUSED = {
     "attn.qkv": ("attn.q", "attn.k", "attn.v"),
 }
 _HEADER_ALIGNMENT = 64
+_SLICE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +61,12 @@ def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTen
 
 
 def write_weights(
-    source: TensorSource, plan: Iterable[PackedTensor], path: Path, *, on_bytes: Callable[[int], None] = lambda _: None
+    source: PackSource, plan: Iterable[PackedTensor], path: Path, *, on_bytes: Callable[[int], None] = lambda _: None
 ) -> tuple[str, dict[str, str]]:
-    """Write a component's safetensors file; one packed tensor is in memory at a time.
+    """Write a component's safetensors file; one checkpoint tensor and a slice of its conversion are in memory at a time.
 
     Args:
-        on_bytes: called with the size of each tensor once written.
+        on_bytes: called with the number of bytes just written.
 
     Returns:
         SHA-256 of the file, and of each tensor's bytes by name.
@@ -68,10 +80,12 @@ def write_weights(
         whole = hashlib.sha256()
         _write(file, _header(plan), whole)
         for packed in plan:
-            data = memoryview(_packed_bytes(source, packed))
-            digests[packed.name] = hashlib.sha256(data).hexdigest()
-            _write(file, data, whole)
-            on_bytes(len(data))
+            digest = hashlib.sha256()
+            for data in _chunks(source, packed):
+                digest.update(data)
+                _write(file, data, whole)
+                on_bytes(len(data))
+            digests[packed.name] = digest.hexdigest()
         file.flush()
     return whole.hexdigest(), digests
 
@@ -87,9 +101,7 @@ def _header(plan: Iterable[PackedTensor]) -> bytes:
     header: dict[str, object] = {}
     at = 0
     for packed in plan:
-        size = packed.dtype.itemsize
-        for extent in packed.shape:
-            size *= extent
+        size = packed.dtype.itemsize * math.prod(packed.shape)
         header[packed.name] = {"dtype": packed.dtype.value, "shape": packed.shape, "data_offsets": (at, at + size)}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -97,17 +109,20 @@ def _header(plan: Iterable[PackedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _packed_bytes(source: TensorSource, packed: PackedTensor) -> bytes:
-    parts = [source.read(name) for name in packed.sources]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if joined.numel() != torch.Size(packed.shape).numel():
-        raise ExportError(f"{packed.name}: checkpoint has {list(joined.shape)}, the engines want {list(packed.shape)}")
-    values = joined.to(TORCH_DTYPES[packed.dtype]).reshape(packed.shape).contiguous()
-    if not torch.isfinite(values).all():
-        raise ExportError(
-            f"{packed.name}: holds values that are not finite", hint="the checkpoint is damaged; download it again"
-        )
-    return values.view(torch.uint8).numpy().tobytes() if values.dtype is torch.bfloat16 else values.numpy().tobytes()
+def _chunks(source: PackSource, packed: PackedTensor) -> Iterator[memoryview]:
+    """The bytes of a packed tensor, slice by slice: joining along the first axis and reshaping both leave their order alone."""
+    sizes = [math.prod(source.shape(name)) for name in packed.sources]
+    if sum(sizes) != math.prod(packed.shape):
+        shapes = [list(source.shape(name)) for name in packed.sources]
+        raise ExportError(f"{packed.name}: the checkpoint has {shapes}, the engines want {list(packed.shape)}")
+    for name in packed.sources:
+        flat = source.read(name).flatten()
+        for start in range(0, flat.numel(), _SLICE_ELEMENTS):
+            values = flat[start : start + _SLICE_ELEMENTS]
+            if not torch.isfinite(values).all():
+                raise ExportError(f"{name}: holds values that are not finite", hint="the checkpoint is damaged; download it again")
+            data: NDArray[np.uint8] = values.to(TORCH_DTYPES[packed.dtype]).contiguous().view(torch.uint8).numpy()
+            yield data.data
 
 
 def _write(file: BinaryIO, data: bytes | memoryview, digest: "hashlib._Hash") -> None:

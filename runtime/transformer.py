@@ -112,6 +112,6 @@ def timestep_features(timestep: float, freq_dim: int, *, conventions: Convention
     """
     exponents = -np.arange(freq_dim // 2) / (freq_dim // 2)
     frequencies = _MAX_PERIOD**exponents
-    dtype = np.float32 if conventions is Conventions.DIFFUSERS else np.float64
-    angles = dtype(timestep) * frequencies.astype(dtype)
+    dtype = np.dtype(np.float32 if conventions is Conventions.DIFFUSERS else np.float64)
+    angles = np.array(timestep, dtype) * frequencies.astype(dtype)
     return np.concatenate((np.cos(angles), np.sin(angles)))[None].astype(np.float32)

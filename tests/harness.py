@@ -13,7 +13,6 @@ from export.graphs import stage_graph
 from export.pack import pack_plan, write_weights
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.component import Component
-from runtime.specs import DType
 from runtime.stages import network_blocks, network_stages
 from runtime.variants import Variant
 from runtime.weights import WeightStore
@@ -25,14 +24,8 @@ class DictSource:
 
     tensors: Mapping[str, torch.Tensor]
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> DType:
-        return DType.F32
 
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]

@@ -70,12 +70,13 @@ def test_engines_import_without_torch() -> None:
     assert not loaded_by("\n".join(f"import {name}" for name in ENGINES_MODULES)) & {"torch", "transformers", "diffusers"}
 
 
+@pytest.mark.slow
 def test_a_whole_run_loads_neither_torch_nor_onnx_nor_transformers(tmp_path: Path) -> None:
     from benchmarks.toy_checkpoint import ToyModel, write_toy_checkpoint
     from runtime.variants import TransformerArch, VaeArch
 
     arch = TransformerArch(dim=24, ffn_dim=32, num_heads=2, num_layers=1, text_dim=64)
-    write_toy_checkpoint(tmp_path / "checkpoint", ToyModel(transformer=arch, vae=VaeArch(base_dim=8)))
+    write_toy_checkpoint(tmp_path / "checkpoint", ToyModel(transformer=arch, vae=VaeArch(base_dim=8, num_res_blocks=1)))
     building = wanrt("build-engines", tmp_path / "checkpoint", "--out", tmp_path / "bundle", listing=tmp_path / "build.json")
     running = wanrt(
         "run", tmp_path / "bundle", "--prompt", "a red fox", "--size", "32x16", "--frames", "5", "--steps", "2",
