@@ -1,6 +1,7 @@
 """The command line: argv → request → one call. The only place that prints; results go to stdout, words to stderr."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -10,9 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-from runtime.errors import RequestError, WanError
+from runtime.errors import CancelledError, DeviceMemoryError, RequestError, WanError
 from runtime.version import VERSION
 
 SIZES_HELP = "WIDTHxHEIGHT, or a range WIDTHxHEIGHT..WIDTHxHEIGHT"
@@ -20,22 +21,25 @@ SIZES_HELP = "WIDTHxHEIGHT, or a range WIDTHxHEIGHT..WIDTHxHEIGHT"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status of the error tree (`runtime.errors`), 0 when all went well."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    _open_missing_streams()
     _terminate_like_ctrl_c()
+    arguments = argparse.Namespace(on_cancel="nothing was begun")
     try:
+        _parser().parse_args(argv, arguments)
+        logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
         return int(arguments.command(arguments) or 0)
     except WanError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"error: not enough memory: {error}", file=sys.stderr)
+        print("hint: lower --size or --frames, or decode with --tile", file=sys.stderr)
+        return DeviceMemoryError.exit_code
     except KeyboardInterrupt:
-        print("cancelled; nothing half-written was left", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        print(f"cancelled; {arguments.on_cancel}", file=sys.stderr)
+        return CancelledError.exit_code
 
 
 def build_engines(arguments: argparse.Namespace) -> None:
@@ -57,11 +61,12 @@ def build_engines(arguments: argparse.Namespace) -> None:
             targets=tuple(dict.fromkeys(arguments.target or ["cpu"])),
             precision=Precision(arguments.precision) if arguments.precision else None,
             sizes=_size_range(arguments.size, arguments.frames),
+            architectures=tuple(dict.fromkeys(arguments.arch or ())),
         ),
         on_event=show,
     )
     if arguments.json:
-        print(json.dumps({**asdict(summary), "bundle": str(summary.bundle)}, ensure_ascii=False))
+        _result(json.dumps({**asdict(summary), "bundle": str(summary.bundle)}))
         return
     if summary.unchanged:
         _say("nothing to do: the bundle already is exactly this")
@@ -70,7 +75,7 @@ def build_engines(arguments: argparse.Namespace) -> None:
         f"{summary.variant}: engines {_size(summary.engine_bytes)}, weights {_size(summary.weight_bytes)}, "
         f"{summary.num_built} built, {summary.num_reused} kept, {summary.seconds:.1f} s{peak}"
     )
-    print(summary.bundle)
+    _result(str(summary.bundle))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -84,11 +89,11 @@ def run(arguments: argparse.Namespace) -> None:
     _say(f"target {pipeline.target}: {pipeline.target_reason}", quiet=arguments.json)
     outcome = run_to_file(pipeline, request, on_step=progress.step)
     if arguments.json:
-        print(json.dumps({"out": str(outcome.out), "report": asdict(outcome.report)}, ensure_ascii=False))
+        _result(json.dumps({"out": str(outcome.out), "report": asdict(outcome.report)}))
         return
     seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in outcome.report.stage_seconds.items())
     _say(f"seed {outcome.report.request['seed']}; {seconds}")
-    print(outcome.out)
+    _result(str(outcome.out))
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -99,12 +104,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         verify_bundle(arguments.bundle, on_file=lambda path: _say(f"verified {path}", quiet=arguments.json))
     if arguments.json:
-        print(json.dumps({**asdict(inspection), "verified": arguments.verify}, ensure_ascii=False))
+        _result(json.dumps({**asdict(inspection), "verified": arguments.verify}))
         return
-    for line in inspection.lines():
-        print(line)
-    if arguments.verify:
-        print("hashes      all match")
+    _result("\n".join([*inspection.lines(), *(["hashes      all match"] if arguments.verify else [])]))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
@@ -121,14 +123,22 @@ def benchmark(arguments: argparse.Namespace) -> None:
         ),
         on_line=_say,
     )
-    print(json.dumps(result, ensure_ascii=False, indent=1) if arguments.json else result["table"])
+    _result(json.dumps(result, indent=1) if arguments.json else result["table"])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options as everything else does: an error, then a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message, hint=f"see `{self.prog} --help`")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wanrt", description="Wan 2.1/2.2 video diffusion without PyTorch at run time.")
+    parser = _Parser(prog="wanrt", description="Wan 2.1/2.2 video diffusion without PyTorch at run time.")
     parser.add_argument("--version", action="version", version=f"wanrt {VERSION}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    common.set_defaults(on_cancel="nothing half-written was left")
     common.add_argument("--verbose", action="store_true", help="log what happens")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build_engines(commands.add_parser("build-engines", parents=[common], help=build_engines.__doc__))
@@ -148,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_build_engines(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(command=build_engines)
+    command.set_defaults(
+        command=build_engines, on_cancel="what is finished was kept, and the same command continues from there"
+    )
     command.add_argument(
         "checkpoint", nargs="?", help="checkpoint folder in either layout, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B"
     )
@@ -156,6 +168,9 @@ def _add_build_engines(command: argparse.ArgumentParser) -> None:
     command.add_argument("--variant", help="detected from the checkpoint when left out")
     command.add_argument("--target", action="append", metavar="TARGET", help="may be given several times (default: cpu)")
     command.add_argument("--precision", choices=["fp32", "fp16", "bf16", "fp8"], help="the target's default when left out")
+    command.add_argument(
+        "--arch", action="append", metavar="ARCH", help="GPU architecture such as sm_90; may be given several times"
+    )
     command.add_argument("--size", metavar="SIZES", help=f"sizes to build for: {SIZES_HELP} (default: any)")
     command.add_argument("--frames", metavar="FRAMES", help="frames to build for: N, or a range N..M (default: any)")
     command.add_argument("--engines-only", action="store_true", help="build without a checkpoint; needs --variant")
@@ -199,10 +214,8 @@ def _generate_request(arguments: argparse.Namespace) -> Any:
     from runtime.request import GenerateRequest
     from runtime.run import load_latents
     from runtime.schedulers import Conventions, SchedulerName
-    from runtime.tiling import TileSpec
 
-    width, height = _width_height(arguments.size) if arguments.size else (None, None)
-    tile, stride = _integers(arguments.tile, "/", "--tile", (1, 2)) if arguments.tile else (None, None)
+    width, height = _width_height(arguments.size) if arguments.size is not None else (None, None)
     return GenerateRequest(
         prompt=arguments.prompt,
         negative_prompt=arguments.negative_prompt,
@@ -216,8 +229,18 @@ def _generate_request(arguments: argparse.Namespace) -> Any:
         seed=arguments.seed,
         latents=load_latents(arguments.latents) if arguments.latents else None,
         conventions=Conventions(arguments.conventions) if arguments.conventions else None,
-        tile=TileSpec.square(tile, stride or tile * 3 // 4) if tile else None,
+        tile=_tile(arguments.tile),
     )
+
+
+def _tile(text: str | None) -> Any:
+    """`--tile` as a TileSpec; tiles overlap by a quarter when no distance is given."""
+    from runtime.tiling import TileSpec
+
+    if text is None:
+        return None
+    size, *distance = _integers(text, "/", "--tile", (1, 2))
+    return TileSpec.square(size, distance[0] if distance else size * 3 // 4)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> Path | None:
@@ -246,8 +269,8 @@ def _size_range(size: str | None, frames: str | None) -> Any:
 
     if size is None and frames is None:
         return None
-    smallest, largest = _ends(size or f"1x1..{MAX_SIDE}x{MAX_SIDE}")
-    fewest, most = _ends(frames or f"1..{MAX_FRAMES}")
+    smallest, largest = _ends(f"16x16..{MAX_SIDE}x{MAX_SIDE}" if size is None else size)
+    fewest, most = _ends(f"1..{MAX_FRAMES}" if frames is None else frames)
     low, high = _width_height(smallest), _width_height(largest)
     few, many = _integer(fewest, "--frames"), _integer(most, "--frames")
     if low[0] > high[0] or low[1] > high[1] or few > many:
@@ -292,6 +315,20 @@ def _guidance(text: str | None) -> tuple[float, ...] | None:
         raise RequestError(f"--guidance {text}: not numbers", hint="for example 5.0, or 4.0,3.0 for two experts") from exc
 
 
+def _result(text: str) -> None:
+    """Print what was asked for to stdout, at once: a pipe that closed or a disk that is full shows here."""
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
+    try:
+        print(text, flush=True)
+    except OSError as exc:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it once more on leaving
+        raise RequestError(
+            f"standard output cannot be written: {exc.strerror}", hint="the work itself is done; keep the other end open"
+        ) from exc
+
+
 def _say(text: str, *, quiet: bool = False) -> None:
     if not quiet:
         print(text, file=sys.stderr, flush=True)
@@ -303,6 +340,19 @@ def _size(count: int) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024  # type: ignore[assignment]
     return f"{count:.2f} GiB"
+
+
+def _open_missing_streams() -> None:
+    """Give a process started without stdin, stdout or stderr an empty one: files opened later must not take their numbers."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _terminate_like_ctrl_c() -> None:

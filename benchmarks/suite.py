@@ -201,11 +201,11 @@ def _run_peer(peer: str, job: Job, folder: Path) -> Measured:
             os.killpg(process.pid, signal.SIGKILL)  # the peer, too, which is the launcher's child
             process.wait()
             raise
-    record = json.loads(record_file.read_text()) if record_file.exists() else {"exit_code": process.returncode}
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {"exit_code": process.returncode}
     if record["exit_code"] != 0 or not Path(job.frames_file).exists():
-        tail = log_file.read_text(errors="replace").strip()[-2000:]
+        tail = log_file.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         raise WanError(f"{peer} ended with exit code {record['exit_code']}; its last words:\n{tail}")
-    first_step_at = float(Path(job.first_step_file).read_text())
+    first_step_at = float(Path(job.first_step_file).read_text(encoding="utf-8"))
     return {
         "cold_start_s": first_step_at - record["started_at"],
         "total_s": record["ended_at"] - record["started_at"],

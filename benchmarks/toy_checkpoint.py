@@ -68,7 +68,7 @@ def write_toy_checkpoint(folder: Path, model: ToyModel, *, layout: Layout = Layo
     """
     recipe = json.dumps({"layout": layout, **asdict(model)}) + "\n"
     recipe_file = folder / "toy.json"
-    if recipe_file.exists() and recipe_file.read_text() == recipe:
+    if recipe_file.exists() and recipe_file.read_text(encoding="utf-8") == recipe:
         return False
     if folder.exists() and any(folder.iterdir()) and not recipe_file.exists():
         raise FileExistsError(f"{folder} is not empty and not a toy checkpoint")
@@ -77,7 +77,7 @@ def write_toy_checkpoint(folder: Path, model: ToyModel, *, layout: Layout = Layo
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     _WRITERS[layout](partial, model)
-    (partial / "toy.json").write_text(recipe)
+    (partial / "toy.json").write_text(recipe, encoding="utf-8")
     partial.rename(folder)
     return True
 
@@ -228,7 +228,7 @@ def _write_pth(path: Path, tensors: Tensors, *, bfloat16: bool) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The table of targets: which precisions each builds, with which tools, and how a graph becomes its engine."""
+"""The table of targets: what each makes of which network, in which precisions, with which tools."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,33 +11,86 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPlan:
+    """How engines of one network are made. `precisions` lists what there is, the default first."""
+
+    precisions: tuple[Precision, ...]
+    suffix: str
+    build_engine: Callable[["onnx.ModelProto", StageSpec], bytes]
+    """Takes the traced graph, float32, and the stage in the precision to build."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetPlan:
-    """How engines of one target are made. `precisions` lists what it can do, its default first; `precision` is the one chosen."""
+    """How a target's engines are made. `architectures` are those it can compile kernels for; empty when it has none of its own."""
 
     name: str
-    precisions: tuple[Precision, ...]
-    precision: Precision
-    suffix: str
+    networks: dict[str, NetworkPlan]
     tools: tuple[str, ...]  # distributions whose versions decide an engine's content
-    build_engine: Callable[["onnx.ModelProto", StageSpec], bytes]
+    architectures: tuple[str, ...] = ()
+    compile_kernels: Callable[[str], bytes] | None = None
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What can be asked for: the transformer's precisions."""
+        return self.networks["transformer"].precisions
 
 
-def _build_cpu(graph: "onnx.ModelProto", stage: StageSpec) -> bytes:
+def network_precisions(plan: TargetPlan, asked: Precision | None) -> dict[str, Precision]:
+    """The precision of each network when `asked` is asked for: networks that lack it keep their default."""
+    return {
+        name: asked if asked is not None and asked in network.precisions else network.precisions[0]
+        for name, network in plan.networks.items()
+    }
+
+
+def architectures(plan: TargetPlan, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The architectures to compile a target's kernels for: those asked for, or all it has."""
+    return tuple(architecture for architecture in plan.architectures if architecture in asked or not asked)
+
+
+def _build_onnx(graph: "onnx.ModelProto", stage: StageSpec) -> bytes:
     from engines.targets.cpu import build_engine
 
     return build_engine(graph, stage)
 
+
+def _build_cuda_plan(graph: "onnx.ModelProto", stage: StageSpec) -> bytes:
+    from engines.targets.cuda.lower import lower_stage
+    from runtime.strict_json import encode
+
+    return encode(lower_stage(graph, stage)).encode()
+
+
+def _compile_cuda_kernels(architecture: str) -> bytes:
+    from engines.targets.cuda.compile import compile_kernels
+
+    return compile_kernels(architecture)
+
+
+_ONNX_FP32 = NetworkPlan(precisions=(Precision.FP32,), suffix=".onnx", build_engine=_build_onnx)
+_TRACERS = ("torch", "onnx", "onnxscript")
 
 TARGETS = {
     plan.name: plan
     for plan in (
         TargetPlan(
             name="cpu",
-            precisions=(Precision.FP32,),
-            precision=Precision.FP32,
-            suffix=".onnx",
-            tools=("torch", "onnx", "onnxscript"),
-            build_engine=_build_cpu,
+            networks={"text_encoder": _ONNX_FP32, "transformer": _ONNX_FP32, "vae": _ONNX_FP32},
+            tools=_TRACERS,
+        ),
+        TargetPlan(
+            name="cuda",
+            networks={
+                "text_encoder": _ONNX_FP32,
+                "transformer": NetworkPlan(
+                    precisions=(Precision.BF16, Precision.FP8), suffix=".plan.json", build_engine=_build_cuda_plan
+                ),
+                "vae": _ONNX_FP32,
+            },
+            tools=(*_TRACERS, "cuda-core", "nvidia-cuda-nvrtc"),
+            architectures=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),
+            compile_kernels=_compile_cuda_kernels,
         ),
     )
 }

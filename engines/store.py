@@ -7,17 +7,21 @@ leaves the journal; the next one takes over every artefact whose key still holds
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from runtime import strict_json
 from runtime.bundle import JOURNAL, MANIFEST, Artefact, Manifest, WeightFile, parse_manifest
+from runtime.bundle_checks import check_path
 from runtime.errors import BuildError, BundleError
 
 log = logging.getLogger(__name__)
 _PARTIAL = ".partial"
+_BUNDLE_NAMES = {MANIFEST, JOURNAL, "engines", "weights", "tokenizer.json"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,10 @@ class _Journal:
 
 
 class BundleStore:
-    """Artefacts of one bundle folder, kept by content key. One process builds a bundle at a time."""
+    """Artefacts of one bundle folder, kept by content key. Use with `with`: one process builds a bundle at a time.
+
+    Where the system has no `flock` (Windows), nothing keeps two builds of one folder apart.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,6 +43,13 @@ class BundleStore:
         """The manifest of a finished bundle already there, or None."""
         self._known = _known_artefacts(self.manifest, folder / JOURNAL)
         self._building = False
+        self._lock = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
 
     def has(self, path: str, *, key: str) -> bool:
         """Whether the artefact at `path` is there with content key `key`."""
@@ -95,12 +109,11 @@ class BundleStore:
         """Turn the folder into an unfinished build: from here on it cannot be opened until `finish`."""
         if self._building:
             return
-        self._building = True
-        foreign = self.folder.is_dir() and any(self.folder.iterdir())
-        if foreign and not any((self.folder / name).exists() for name in (MANIFEST, JOURNAL)):
-            raise BuildError(f"{self.folder}: not empty and not a bundle", hint="choose another --out folder")
         try:
+            _check_folder(self.folder, self.manifest)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(_locked(self.folder))
+            self._building = True
             self._save_journal()
             (self.folder / MANIFEST).unlink(missing_ok=True)
             for stale in self.folder.rglob("*" + _PARTIAL):
@@ -127,13 +140,45 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the system releases however the process ends."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise BuildError(
+                f"{folder}: another build is writing it", hint="wait until it is done, or choose another --out folder"
+            ) from exc
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_folder(folder: Path, manifest: Manifest | None) -> None:
+    """Refuse a folder that holds something else: other software calls its files manifest.json, too."""
+    if manifest is not None or not folder.is_dir():
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(_PARTIAL) not in _BUNDLE_NAMES)
+    if foreign:
+        raise BuildError(
+            f"{folder}: holds {foreign[0]!r} and is not a bundle", hint="choose another --out folder, or empty this one"
+        )
+
+
 def _read_manifest(path: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
         return parse_manifest(path.read_bytes(), where=path)
-    except BundleError as exc:  # of another version, or damaged: its artefacts are not trusted, all is built anew
-        log.warning("the bundle there is not reused: %s", exc.message)
+    except (BundleError, OSError) as exc:  # of another version, or damaged: its artefacts are not trusted, all is built anew
+        log.warning("the bundle there is not reused: %s", exc)
         return None
 
 
@@ -144,8 +189,11 @@ def _known_artefacts(manifest: Manifest | None, journal: Path) -> dict[str, Weig
     if not journal.is_file():
         return {}
     try:
-        return strict_json.decode(_Journal, journal.read_text(), error=BundleError).artefacts
-    except (BundleError, UnicodeDecodeError) as exc:
+        artefacts = strict_json.decode(_Journal, journal.read_text(encoding="utf-8"), error=BundleError).artefacts
+        for path in artefacts:
+            check_path(path, BundleError)
+        return artefacts
+    except (BundleError, OSError, UnicodeDecodeError) as exc:
         log.warning("the journal of an unfinished build is not usable, all is built anew: %s", exc)
         return {}
 
@@ -157,7 +205,7 @@ def _has_size(path: Path, size: int) -> bool:
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + _PARTIAL)
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as exc:
         partial.unlink(missing_ok=True)

@@ -4,18 +4,18 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.plan import TARGETS, TargetPlan
+from engines.plan import TARGETS, TargetPlan, architectures, network_precisions
 from engines.store import BundleStore, content_key
-from runtime.bundle import SCHEMA_VERSION, Manifest, Target, WeightFile
-from runtime.errors import RequestError
-from runtime.geometry import SizeRange
+from runtime.bundle import SCHEMA_VERSION, Artefact, Manifest, Target, WeightFile
+from runtime.errors import ExportError, RequestError, WanError
+from runtime.geometry import SizeRange, check_size
+from runtime.precision import in_precision
 from runtime.report import peak_memory_bytes
 from runtime.schedulers import Conventions, DiffusersScheduler, parse_scheduler_config
 from runtime.specs import DType, Precision, StageSpec
@@ -27,8 +27,6 @@ from runtime.version import VERSION
 if TYPE_CHECKING:  # torch is loaded only when a checkpoint is opened or a stage must really be traced
     from export.checkpoint import Checkpoint
 
-_SOURCE_FOLDERS = ("export", "engines", "runtime/stages")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
@@ -39,6 +37,7 @@ class BuildRequest:
         variant: name from `VARIANTS`; required without a checkpoint, detected with one.
         targets, precision: what to build for; `precision` None takes each target's default.
         sizes: the sizes the engines must take; None for any.
+        architectures: GPU architectures to compile kernels for; empty for all that a target has.
     """
 
     out: Path
@@ -47,6 +46,7 @@ class BuildRequest:
     targets: tuple[str, ...] = ("cpu",)
     precision: Precision | None = None
     sizes: SizeRange | None = None
+    architectures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,28 +86,121 @@ def build_bundle(request: BuildRequest, *, on_event: Callable[[BuildEvent], None
         BuildError: a target refused, or the bundle could not be written.
     """
     started = time.perf_counter()
-    plans = [_target_plan(name, request.precision) for name in request.targets]
+    plans = [_target_plan(name, request) for name in request.targets]
     if request.checkpoint is None:
-        return _build(request, plans, _engines_only_variant(request.variant), None, started, on_event)
+        variant = _engines_only_variant(request.variant)
+        with BundleStore(request.out) as store:
+            return _build(store, request, plans, variant, None, started, on_event)
     from export.checkpoint import open_checkpoint
 
-    with open_checkpoint(request.checkpoint, variant=request.variant) as checkpoint:
-        return _build(request, plans, checkpoint.variant, checkpoint, started, on_event)
+    with open_checkpoint(request.checkpoint, variant=request.variant) as checkpoint, BundleStore(request.out) as store:
+        return _build(store, request, plans, checkpoint.variant, checkpoint, started, on_event)
 
 
-class _Progress:
-    """Counts artefacts and tells the caller about each."""
+class _Builder:
+    """One build under way: what it is made from, where it goes, what is done."""
 
-    def __init__(self, total: int, on_event: Callable[[BuildEvent], None]) -> None:
+    def __init__(
+        self,
+        store: BundleStore,
+        request: BuildRequest,
+        variant: Variant,
+        checkpoint: "Checkpoint | None",
+        *,
+        total: int,
+        on_event: Callable[[BuildEvent], None],
+    ) -> None:
         self.built = self.reused = 0
+        self.store = store
+        self._request, self._variant, self._checkpoint = request, variant, checkpoint
         self._total, self._on_event = total, on_event
 
-    def artefact(
-        self, store: BundleStore, path: str, *, key: str, build: Callable[[Path], dict[str, str] | None]
-    ) -> WeightFile:
+    def target(self, plan: TargetPlan) -> Target:
+        """Every stage's engine of one target, and its kernels."""
+        precisions = network_precisions(plan, self._request.precision)
+        versions = {name: metadata.version(name) for name in plan.tools}
+        facts: dict[str, object] = {
+            "target": plan.name,
+            "tools": versions,
+            "source": _source_hash("export", "engines", "runtime/stages"),
+        }
+        return Target(
+            precisions=precisions,
+            sizes=self._request.sizes,
+            engines={
+                stage.name: self._engine(plan, stage, precisions[network], facts)
+                for network in NETWORKS
+                for stage in network_stages(self._variant, network)
+            },
+            kernels={architecture: self._kernels(plan, architecture, facts) for architecture in self._architectures(plan)},
+            tool_versions=versions,
+        )
+
+    def weights(self, network: str, component: str, precision: Precision) -> WeightFile:
+        """One component's weights in one precision."""
+        from export.pack import PackedTensor, pack_plan, write_weights
+
+        assert self._checkpoint is not None
+        stages = [in_precision(stage, precision) for stage in network_stages(self._variant, network)]
+        plan = pack_plan(stages, num_blocks=network_blocks(self._variant, network))
+        if network == "text_encoder":
+            table = (self._variant.text_encoder.vocab_size, self._variant.text_encoder.dim)
+            plan.append(PackedTensor(TOKEN_EMBEDDING, (TOKEN_EMBEDDING,), table, DType.F32))
+        source = self._checkpoint.components[component]
+
+        def build(file: Path) -> dict[str, str]:
+            whole, tensors = write_weights(source, plan, file)
+            return {"": whole, **tensors}
+
+        key = content_key(
+            fingerprint=source.fingerprint(),
+            layout=self._checkpoint.layout,
+            component=component,
+            plan=[dataclasses.asdict(tensor) for tensor in plan],
+            source=_source_hash("export/pack.py", "runtime/precision.py"),
+        )
+        return self._artefact(f"weights/{precision}/{component}.safetensors", key=key, build=build)
+
+    def tokenizer(self) -> Artefact:
+        """The checkpoint's tokenizer, copied."""
+        assert self._checkpoint is not None
+        source = self._checkpoint.tokenizer
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+
+        def copy(file: Path) -> None:
+            shutil.copyfile(source, file)
+
+        return self._artefact("tokenizer.json", key=content_key(tokenizer=digest), build=copy).file
+
+    def _engine(self, plan: TargetPlan, stage: StageSpec, precision: Precision, facts: Mapping[str, object]) -> Artefact:
+        network = plan.networks[stage.network]
+
+        def build(file: Path) -> None:
+            from export.graphs import stage_graph
+
+            file.write_bytes(network.build_engine(stage_graph(self._variant, stage), in_precision(stage, precision)))
+
+        arch = dataclasses.asdict(network_arch(self._variant, stage.network))
+        key = content_key(stage=dataclasses.asdict(stage), arch=arch, precision=precision, **facts)
+        return self._artefact(f"engines/{plan.name}/{stage.name}{network.suffix}", key=key, build=build).file
+
+    def _kernels(self, plan: TargetPlan, architecture: str, facts: Mapping[str, object]) -> Artefact:
+        compile_kernels = plan.compile_kernels
+        assert compile_kernels is not None
+
+        def build(file: Path) -> None:
+            file.write_bytes(compile_kernels(architecture))
+
+        path = f"engines/{plan.name}/kernels.{architecture}.cubin"
+        return self._artefact(path, key=content_key(architecture=architecture, **facts), build=build).file
+
+    def _architectures(self, plan: TargetPlan) -> tuple[str, ...]:
+        return architectures(plan, self._request.architectures)
+
+    def _artefact(self, path: str, *, key: str, build: Callable[[Path], dict[str, str] | None]) -> WeightFile:
         started = time.perf_counter()
-        reused = store.has(path, key=key)
-        made = store.artefact(path, key=key, build=build)
+        reused = self.store.has(path, key=key)
+        made = self.store.artefact(path, key=key, build=build)
         self.built, self.reused = self.built + (not reused), self.reused + reused
         self._on_event(
             BuildEvent(
@@ -123,6 +216,7 @@ class _Progress:
 
 
 def _build(
+    store: BundleStore,
     request: BuildRequest,
     plans: list[TargetPlan],
     variant: Variant,
@@ -130,23 +224,25 @@ def _build(
     started: float,
     on_event: Callable[[BuildEvent], None],
 ) -> BuildSummary:
-    store = BundleStore(request.out)
-    stages = [stage for network in NETWORKS for stage in network_stages(variant, network)]
-    precisions = sorted({plan.precision for plan in plans})
-    components = [(network, component) for network in NETWORKS for component in network_components(variant, network)]
-    total = len(stages) * len(plans) + (len(components) * len(precisions) + 1 if checkpoint else 0)
-    progress = _Progress(total, on_event)
+    for end in (request.sizes.smallest, request.sizes.largest) if request.sizes else ():
+        check_size(end, vae=variant.vae, transformer=variant.transformer)
+    packs = sorted(
+        {
+            (precision, network, component)
+            for plan in plans
+            for network, precision in network_precisions(plan, request.precision).items()
+            for component in network_components(variant, network)
+        }
+    )
+    stages = sum(len(network_stages(variant, network)) for network in NETWORKS)
+    total = sum(stages + len(architectures(plan, request.architectures)) for plan in plans)
+    total += len(packs) + 1 if checkpoint else 0
+    builder = _Builder(store, request, variant, checkpoint, total=total, on_event=on_event)
     conventions, scheduler = _sampling(checkpoint)
-    targets = {plan.name: _build_target(plan, variant, stages, request.sizes, store, progress) for plan in plans}
+    targets = {plan.name: builder.target(plan) for plan in plans}
     weights: dict[str, dict[str, WeightFile]] = {}
-    tokenizer = None
-    if checkpoint is not None:
-        for precision in precisions:
-            weights[precision] = {
-                component: _pack_component(checkpoint, network, component, precision, store, progress)
-                for network, component in components
-            }
-        tokenizer = _copy_tokenizer(checkpoint, store, progress)
+    for precision, network, component in packs if checkpoint else ():
+        weights.setdefault(precision, {})[component] = builder.weights(network, component, precision)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         wanrt_version=VERSION,
@@ -155,106 +251,46 @@ def _build(
         scheduler=scheduler,
         targets=targets,
         weights=weights,
-        tokenizer=tokenizer.file if tokenizer else None,
-        source=request.checkpoint.resolve().name if request.checkpoint else "",
+        tokenizer=builder.tokenizer() if checkpoint else None,
+        source=_unicode(request.checkpoint.resolve().name) if request.checkpoint else "",
     )
-    changed = store.finish(manifest)
-    engines = [engine for target in manifest.targets.values() for engine in target.engines.values()]
+    changed = builder.store.finish(manifest)
     return BuildSummary(
         bundle=request.out,
         variant=variant.name,
         unchanged=not changed,
-        engine_bytes=sum(engine.bytes for engine in engines),
+        engine_bytes=sum(engine.bytes for target in targets.values() for engine in target.files()),
         weight_bytes=sum(file.file.bytes for files in weights.values() for file in files.values()),
-        num_built=progress.built,
-        num_reused=progress.reused,
+        num_built=builder.built,
+        num_reused=builder.reused,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
-
-
-def _build_target(
-    plan: TargetPlan,
-    variant: Variant,
-    stages: list[StageSpec],
-    sizes: SizeRange | None,
-    store: BundleStore,
-    progress: _Progress,
-) -> Target:
-    versions = {name: metadata.version(name) for name in plan.tools}
-    source = _source_hash()
-
-    def build(stage: StageSpec, file: Path) -> None:
-        from export.graphs import stage_graph
-
-        file.write_bytes(plan.build_engine(stage_graph(variant, stage), stage))
-
-    engines = {}
-    for stage in stages:
-        key = content_key(
-            stage=dataclasses.asdict(stage),
-            arch=dataclasses.asdict(network_arch(variant, stage.network)),
-            target=plan.name,
-            precision=plan.precision,
-            sizes=sizes and str(sizes),
-            tools=versions,
-            source=source,
-        )
-        path = f"engines/{plan.name}/{stage.name}{plan.suffix}"
-        engines[stage.name] = progress.artefact(store, path, key=key, build=partial(build, stage)).file
-    return Target(precision=plan.precision, sizes=sizes, engines=engines, tool_versions=versions)
-
-
-def _pack_component(
-    checkpoint: "Checkpoint", network: str, component: str, precision: Precision, store: BundleStore, progress: _Progress
-) -> WeightFile:
-    from export.pack import PackedTensor, pack_plan, write_weights
-
-    variant, source = checkpoint.variant, checkpoint.components[component]
-    plan = pack_plan(network_stages(variant, network), num_blocks=network_blocks(variant, network))
-    if network == "text_encoder":
-        table = (variant.text_encoder.vocab_size, variant.text_encoder.dim)
-        plan.append(PackedTensor(TOKEN_EMBEDDING, (TOKEN_EMBEDDING,), table, DType.F32))
-
-    def build(file: Path) -> dict[str, str]:
-        whole, tensors = write_weights(source, plan, file)
-        return {"": whole, **tensors}
-
-    key = content_key(
-        fingerprint=checkpoint.fingerprint,
-        component=component,
-        plan=[dataclasses.asdict(tensor) for tensor in plan],
-        source=_source_hash(),
-    )
-    return progress.artefact(store, f"weights/{precision}/{component}.safetensors", key=key, build=build)
-
-
-def _copy_tokenizer(checkpoint: "Checkpoint", store: BundleStore, progress: _Progress) -> WeightFile:
-    digest = hashlib.sha256(checkpoint.tokenizer.read_bytes()).hexdigest()
-
-    def copy(file: Path) -> None:
-        shutil.copyfile(checkpoint.tokenizer, file)
-
-    return progress.artefact(store, "tokenizer.json", key=content_key(tokenizer=digest), build=copy)
 
 
 def _sampling(checkpoint: "Checkpoint | None") -> tuple[Conventions, DiffusersScheduler | None]:
     """Whose behaviour the bundle follows where the peers differ: the layout decides."""
     if checkpoint is None or checkpoint.scheduler_config is None:
         return Conventions.ORIGINAL, None
-    return Conventions.DIFFUSERS, parse_scheduler_config(checkpoint.scheduler_config)
+    try:
+        return Conventions.DIFFUSERS, parse_scheduler_config(checkpoint.scheduler_config)
+    except WanError as error:
+        raise ExportError(error.message, hint=error.hint) from error
 
 
-def _target_plan(name: str, precision: Precision | None) -> TargetPlan:
+def _target_plan(name: str, request: BuildRequest) -> TargetPlan:
     if name not in TARGETS:
         raise RequestError(f"target {name!r}: there is {', '.join(TARGETS)}", hint="choose one of them with --target")
-    target = TARGETS[name]
-    if precision is not None and precision not in target.precisions:
+    plan, precision = TARGETS[name], request.precision
+    if precision is not None and precision not in plan.precisions:
         raise RequestError(
-            f"precision {precision}: target {name} has {', '.join(target.precisions)}",
+            f"precision {precision}: target {name} has {', '.join(plan.precisions)}",
             hint="leave --precision out for the default",
         )
-    return dataclasses.replace(target, precision=precision or target.precisions[0])
+    if unknown := [architecture for architecture in request.architectures if architecture not in plan.architectures]:
+        possible = ", ".join(plan.architectures) or "none: it compiles no kernels"
+        raise RequestError(f"architecture {unknown[0]}: target {name} has {possible}", hint="leave --arch out for all")
+    return plan
 
 
 def _engines_only_variant(name: str | None) -> Variant:
@@ -263,11 +299,16 @@ def _engines_only_variant(name: str | None) -> Variant:
     return VARIANTS[name]
 
 
-def _source_hash() -> str:
-    """Hash of the code that makes graphs and engines: an engine made by other code is another engine."""
+def _unicode(name: str) -> str:
+    """A file's name as text; bytes of it that are not UTF-8 become question marks."""
+    return name.encode(errors="replace").decode()
+
+
+def _source_hash(*places: str) -> str:
+    """Hash of the code that makes an artefact: one made by other code is another artefact."""
     root = Path(__file__).resolve().parent.parent
+    files = [file for place in places for file in ([root / place] if (root / place).is_file() else (root / place).rglob("*.*"))]
     digest = hashlib.sha256()
-    for folder in _SOURCE_FOLDERS:
-        for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    for file in sorted(file for file in files if file.suffix in (".py", ".cu")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

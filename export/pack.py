@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from export.trace import TORCH_DTYPES
 from runtime.errors import ExportError
+from runtime.precision import FP8_MAX, weight_of_scales
 from runtime.specs import DType, StageSpec
 
 
@@ -40,12 +41,16 @@ _SLICE_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """One weight of the bundle: the checkpoint tensors it is made of, joined along the first axis and reshaped."""
+    """One weight of the bundle: the checkpoint tensors it is made of, joined along the first axis and reshaped.
+
+    In FP8 each row is divided by its scale; `row_scales` marks the tensor that holds those scales instead of the weight.
+    """
 
     name: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: DType
+    row_scales: bool = False
 
 
 def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTensor]:
@@ -56,7 +61,9 @@ def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTen
             for weight in stage.weights:
                 name = stage.weight_name(weight.name, block)
                 shape = tuple(axis for axis in weight.shape if isinstance(axis, int))
-                plan.setdefault(name, PackedTensor(name, _sources(name), shape, weight.dtype))
+                scaled = weight_of_scales(name)
+                packed = PackedTensor(name, _sources(scaled or name), shape, weight.dtype, row_scales=scaled is not None)
+                plan.setdefault(name, packed)
     return list(plan.values())
 
 
@@ -111,18 +118,33 @@ def _header(plan: Iterable[PackedTensor]) -> bytes:
 
 def _chunks(source: PackSource, packed: PackedTensor) -> Iterator[memoryview]:
     """The bytes of a packed tensor, slice by slice: joining along the first axis and reshaping both leave their order alone."""
-    sizes = [math.prod(source.shape(name)) for name in packed.sources]
-    if sum(sizes) != math.prod(packed.shape):
-        shapes = [list(source.shape(name)) for name in packed.sources]
-        raise ExportError(f"{packed.name}: the checkpoint has {shapes}, the engines want {list(packed.shape)}")
+    shapes = [source.shape(name) for name in packed.sources]
+    found = sum(shape[0] if packed.row_scales else math.prod(shape) for shape in shapes)
+    if found != math.prod(packed.shape):
+        raise ExportError(
+            f"{packed.name}: the checkpoint has {[list(s) for s in shapes]}, the engines want {list(packed.shape)}"
+        )
     for name in packed.sources:
-        flat = source.read(name).flatten()
-        for start in range(0, flat.numel(), _SLICE_ELEMENTS):
-            values = flat[start : start + _SLICE_ELEMENTS]
+        tensor = source.read(name)
+        rows = tensor.reshape(len(tensor), -1) if packed.dtype is DType.F8_E4M3 or packed.row_scales else tensor.reshape(-1, 1)
+        step = max(1, _SLICE_ELEMENTS // rows.shape[1])
+        for start in range(0, len(rows), step):
+            values = rows[start : start + step].to(torch.float32)
             if not torch.isfinite(values).all():
-                raise ExportError(f"{name}: holds values that are not finite", hint="the checkpoint is damaged; download it again")
-            data: NDArray[np.uint8] = values.to(TORCH_DTYPES[packed.dtype]).contiguous().view(torch.uint8).numpy()
+                raise ExportError(
+                    f"{name}: holds values that are not finite", hint="the checkpoint is damaged; download it again"
+                )
+            data: NDArray[np.uint8] = _converted(values, packed).contiguous().view(torch.uint8).numpy()
             yield data.data
+
+
+def _converted(values: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    """Rows, float32, in the element type of the bundle; FP8 rows divided by their scales, or those scales."""
+    if not (packed.row_scales or packed.dtype is DType.F8_E4M3):
+        return values.to(TORCH_DTYPES[packed.dtype])
+    scales = values.abs().amax(dim=1, keepdim=True) / FP8_MAX
+    scales[scales == 0] = 1  # a row of zeros
+    return scales if packed.row_scales else (values / scales).to(torch.float8_e4m3fn)
 
 
 def _write(file: BinaryIO, data: bytes | memoryview, digest: "hashlib._Hash") -> None:

@@ -4,13 +4,12 @@ Bundles from strangers are data: paths must stay inside the folder, sizes are ch
 without a manifest is an unfinished build and says so.
 """
 
-import dataclasses
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from runtime import strict_json
+from runtime.bundle_checks import check_manifest
 from runtime.errors import BundleError
 from runtime.geometry import SizeRange
 from runtime.schedulers import Conventions, DiffusersScheduler
@@ -22,7 +21,7 @@ MANIFEST = "manifest.json"
 JOURNAL = "build.json"
 """The manifest's name while a build is under way: the artefacts finished so far."""
 _MAX_MANIFEST_BYTES = 64 << 20
-_MAX_EXTENT = 1 << 20  # no width, depth or count of a network comes near
+_COPY_AGAIN = "the bundle is incomplete or damaged; copy it again or rebuild it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +44,22 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Engines of one target: an artefact per stage, in one precision, for a range of sizes (None: any size)."""
+    """What one target needs: an engine per stage, for a range of sizes (None: any size), and compiled kernels, if it has any."""
 
-    precision: Precision
+    precisions: dict[str, Precision]  # by network
     sizes: SizeRange | None
-    engines: dict[str, Artefact]
+    engines: dict[str, Artefact]  # by stage
+    kernels: dict[str, Artefact]  # by GPU architecture
     tool_versions: dict[str, str]
+
+    @property
+    def precision(self) -> Precision:
+        """The transformer's precision, which is what a target is known by."""
+        return self.precisions["transformer"]
+
+    def files(self) -> tuple[Artefact, ...]:
+        """Engines and kernels."""
+        return (*self.engines.values(), *self.kernels.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +76,7 @@ class Manifest:
 
     def artefacts(self) -> tuple[Artefact, ...]:
         """Every file the manifest names."""
-        engines = [engine for target in self.targets.values() for engine in target.engines.values()]
+        engines = [file for target in self.targets.values() for file in target.files()]
         weights = [weights.file for files in self.weights.values() for weights in files.values()]
         return (*engines, *weights, *([self.tokenizer] if self.tokenizer else []))
 
@@ -99,24 +108,30 @@ def open_bundle(folder: Path) -> Bundle:
         unfinished = (folder / JOURNAL).is_file()
         raise BundleError(
             f"{folder}: {'an unfinished build' if unfinished else 'not a bundle'}: it has no {MANIFEST}",
-            hint="run the same `wanrt build-engines` command again; it continues where it stopped" if unfinished else "",
+            hint="run the same `wanrt build-engines` command again; it continues where it stopped"
+            if unfinished
+            else "give a folder that `wanrt build-engines` made",
         )
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: {path.stat().st_size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}")
-    text = path.read_bytes()
+    text = _read_manifest(path)
     bundle = Bundle(folder=folder, manifest=parse_manifest(text, where=path), sha256=hashlib.sha256(text).hexdigest())
     for artefact in bundle.manifest.artefacts():
-        file = bundle.file(artefact)
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"{path}: {artefact.path!r} leaves the bundle through a link")
-        size = file.stat().st_size if file.is_file() else None
-        if size != artefact.bytes:
-            state = "missing" if size is None else f"{size} bytes"
-            raise BundleError(
-                f"{artefact.path}: {state}, the manifest says {artefact.bytes} bytes",
-                hint="the bundle is incomplete; copy it again or rebuild it",
-            )
+        _check_file(bundle, artefact)
     return bundle
+
+
+def check_hash(bundle: Bundle, artefact: Artefact) -> None:
+    """Read an artefact and compare its SHA-256 with the manifest's.
+
+    Raises:
+        BundleError: it differs, or the file cannot be read.
+    """
+    try:
+        with bundle.file(artefact).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise BundleError(f"{artefact.path}: cannot be read: {exc.strerror or exc}", hint=_COPY_AGAIN) from exc
+    if found != artefact.sha256:
+        raise BundleError(f"{artefact.path}: SHA-256 is {found}, the manifest says {artefact.sha256}", hint=_COPY_AGAIN)
 
 
 def parse_manifest(text: bytes, *, where: Path) -> Manifest:
@@ -140,14 +155,35 @@ def parse_manifest(text: bytes, *, where: Path) -> Manifest:
             hint="rebuild the bundle with this wanrt, or run it with the one that built it",
         )
     manifest = strict_json.decode(Manifest, decoded, error=refuse)
-    for artefact in manifest.artefacts():
-        pure = PurePosixPath(artefact.path)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in artefact.path or ":" in artefact.path or not pure.parts:
-            raise refuse(f"path {artefact.path!r} leaves the bundle's folder")
-        if artefact.bytes < 0:
-            raise refuse(f"{artefact.path}: {artefact.bytes} bytes")
-    _check_numbers(manifest.variant, refuse)
+    check_manifest(manifest, refuse)
     return manifest
+
+
+def _read_manifest(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path}: {size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}", hint="rebuild the bundle")
+        return path.read_bytes()
+    except OSError as exc:
+        raise BundleError(f"{path}: cannot be read: {exc.strerror or exc}", hint="check its permissions") from exc
+
+
+def _check_file(bundle: Bundle, artefact: Artefact) -> None:
+    """Check that an artefact is a file of the stated size inside the bundle's folder."""
+    file = bundle.file(artefact)
+    try:
+        inside = file.resolve().is_relative_to(bundle.folder.resolve())
+        size = file.stat().st_size if file.is_file() else None
+    except (OSError, RuntimeError) as exc:  # a name too long, a folder without access; a loop of links before Python 3.13
+        raise BundleError(f"{artefact.path}: cannot be reached: {exc}", hint=_COPY_AGAIN) from exc
+    if not inside:
+        raise BundleError(
+            f"{artefact.path}: leaves the bundle's folder through a link", hint="put the file itself in the link's place"
+        )
+    if size != artefact.bytes:
+        state = "missing" if size is None else f"{size} bytes"
+        raise BundleError(f"{artefact.path}: {state}, the manifest says {artefact.bytes} bytes", hint=_COPY_AGAIN)
 
 
 def _schema_version(text: str) -> int | None:
@@ -160,19 +196,3 @@ def _schema_version(text: str) -> int | None:
         return None
     version = data.get("schema_version") if isinstance(data, dict) else None
     return version if isinstance(version, int) else None
-
-
-def _check_numbers(variant: Variant, refuse: Callable[[str], BundleError]) -> None:
-    """Refuse architecture numbers no network has, before any shape is computed from them."""
-    for component in (variant.transformer, variant.text_encoder, variant.vae):
-        for name, value in dataclasses.asdict(component).items():
-            for number in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(number, int) and not isinstance(number, bool) and not 0 < number <= _MAX_EXTENT:
-                    raise refuse(f"variant: {type(component).__name__}.{name}={value} is not a size of any network")
-    arch = variant.transformer
-    if arch.dim % arch.num_heads or arch.head_dim % 2:
-        raise refuse(f"variant: width {arch.dim} does not split into {arch.num_heads} heads of even size")
-    if not variant.experts or len({expert.component for expert in variant.experts}) != len(variant.experts):
-        raise refuse("variant: experts must be named, each once")
-    if len(variant.vae.latents_mean) != variant.vae.z_dim or len(variant.vae.latents_std) != variant.vae.z_dim:
-        raise refuse(f"variant: latent statistics must have {variant.vae.z_dim} values")

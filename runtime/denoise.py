@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from runtime.errors import CancelledError
+from runtime.errors import CancelledError, EngineError
 from runtime.geometry import Float32
 from runtime.schedulers import Schedule, Solver
 from runtime.schedulers.schedule import NUM_TRAIN_TIMESTEPS
@@ -64,6 +64,7 @@ def denoise(
 
     Raises:
         CancelledError: `cancelled` returned true between two steps.
+        EngineError: an engine failed, or its numbers are not finite.
     """
     num_steps = len(schedule.timesteps)
     table = [expert for expert, _ in experts]
@@ -82,6 +83,11 @@ def denoise(
                 started = time.perf_counter()
                 noise_pred = _guided(transformer, latents, timestep, prompts, guidance)
                 latents = solver.step(noise_pred, index, latents)
+                if not np.isfinite(latents).all():
+                    raise EngineError(
+                        f"{expert.component}: the latents are no longer finite after step {index + 1} of {num_steps}",
+                        hint="the weights are damaged (`wanrt inspect --verify`), or shift, guidance or --latents are extreme",
+                    )
                 if on_step is not None:
                     seconds = time.perf_counter() - started
                     on_step(

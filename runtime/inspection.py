@@ -1,13 +1,11 @@
 """What a bundle holds, whether this machine can run it, and whether its files are what the manifest says."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.backends import RUNTIME_TARGETS
-from runtime.bundle import Artefact, open_bundle
-from runtime.errors import BundleError
+from runtime.bundle import check_hash, open_bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +66,7 @@ def inspect_bundle(folder: Path) -> Inspection:
             precision=target.precision,
             sizes=str(target.sizes) if target.sizes else "any",
             num_engines=len(target.engines),
-            engine_bytes=sum(engine.bytes for engine in target.engines.values()),
+            engine_bytes=sum(file.bytes for file in target.files()),
             tool_versions=target.tool_versions,
             obstacle=known[name].obstacle() if name in known else "this version of wanrt cannot run it",
         )
@@ -107,15 +105,5 @@ def verify_bundle(folder: Path, *, on_file: Callable[[str], None] = lambda _: No
     """
     bundle = open_bundle(folder)
     for artefact in bundle.manifest.artefacts():
-        _verify(bundle.file(artefact), artefact)
+        check_hash(bundle, artefact)
         on_file(artefact.path)
-
-
-def _verify(path: Path, artefact: Artefact) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != artefact.sha256:
-        raise BundleError(
-            f"{artefact.path}: SHA-256 is {found}, the manifest says {artefact.sha256}",
-            hint="the file is damaged; copy it again or rebuild",
-        )

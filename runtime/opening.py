@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.backends import RUNTIME_TARGETS, RuntimeTarget
-from runtime.bundle import Bundle, Target
+from runtime.backends import RUNTIME_TARGETS, BackendOptions, RuntimeTarget
+from runtime.bundle import Artefact, Bundle, Target, check_hash
 from runtime.component import Component
-from runtime.errors import BundleError, EngineError
-from runtime.stages import network_blocks, network_stages
+from runtime.errors import BundleError, EngineError, RequestError
+from runtime.precision import in_precision
+from runtime.stages import NETWORKS, network_blocks, network_components, network_stages
 from runtime.weights import WeightStore
+
+_MAX_THREADS = 1024
 
 
 class Opener:
@@ -24,7 +27,8 @@ class Opener:
         self.name = runtime_target.name
         self.reason = reason
         self.target: Target = bundle.manifest.targets[runtime_target.name]
-        self._backend = runtime_target.open_backend(num_threads)
+        self._runtime_target = runtime_target
+        self._options = BackendOptions(num_threads=num_threads, read_kernels=self._read_kernels)
 
     @contextmanager
     def network(self, network: str, component: str | None = None) -> Iterator[tuple[Component, WeightStore]]:
@@ -34,40 +38,73 @@ class Opener:
             BundleError: engines or weights are missing, or do not fit the architecture.
             EngineError: the backend cannot open an engine.
         """
-        variant = self.bundle.manifest.variant
-        stages = network_stages(variant, network)
-        weights = WeightStore(
-            self._weight_file(component or network), stages, self._backend, num_blocks=network_blocks(variant, network)
-        )
-        files = {stage.name: self._engine_file(stage.name) for stage in stages}
-        with Component(self._backend, stages, files, weights) as opened:
-            yield opened, weights
+        variant, precision = self.bundle.manifest.variant, self.target.precisions[network]
+        stages = [in_precision(stage, precision) for stage in network_stages(variant, network)]
+        file = self._weight_file(network, component or network)
+        engines = {stage.name: self._checked(self._engine(stage.name)) for stage in stages}
+        with self._runtime_target.open_backend(network, self._options) as backend:
+            weights = WeightStore(file, stages, backend, num_blocks=network_blocks(variant, network))
+            with Component(backend, stages, engines, weights) as opened:
+                yield opened, weights
 
     def tokenizer_file(self) -> Path:
-        """Path of the bundle's tokenizer."""
-        if self.bundle.manifest.tokenizer is None:
-            raise _no_weights(self.bundle)
-        return self.bundle.file(self.bundle.manifest.tokenizer)
+        """Path of the bundle's tokenizer.
 
-    def _weight_file(self, component: str) -> Path:
-        weights = self.bundle.manifest.weights.get(self.target.precision, {}).get(component)
+        Raises:
+            BundleError: the bundle has none, or it is not what the manifest says.
+        """
+        if self.bundle.manifest.tokenizer is None:
+            raise _no_weights(self.bundle, "without a tokenizer")
+        return self._checked(self.bundle.manifest.tokenizer)
+
+    def check_complete(self) -> None:
+        """Check that the bundle names engines, weights and a tokenizer for every network of its variant; opens none.
+
+        Raises:
+            BundleError: something is not there.
+        """
+        variant = self.bundle.manifest.variant
+        if not self.bundle.manifest.weights:
+            raise _no_weights(self.bundle, "engines only, without weights")
+        if self.bundle.manifest.tokenizer is None:
+            raise _no_weights(self.bundle, "without a tokenizer")
+        for network in NETWORKS:
+            for stage in network_stages(variant, network):
+                self._engine(stage.name)
+            for component in network_components(variant, network):
+                self._weight_file(network, component)
+
+    def _weight_file(self, network: str, component: str) -> Path:
+        precision = self.target.precisions[network]
+        weights = self.bundle.manifest.weights.get(precision, {}).get(component)
         if weights is None:
-            raise _no_weights(self.bundle)
+            raise _no_weights(self.bundle, f"without {precision} weights of {component}")
         return self.bundle.file(weights.file)
 
-    def _engine_file(self, stage: str) -> Path:
+    def _read_kernels(self) -> dict[str, bytes]:
+        return {architecture: self._checked(kernels).read_bytes() for architecture, kernels in self.target.kernels.items()}
+
+    def _checked(self, artefact: Artefact) -> Path:
+        """Path of a small file; its hash is compared, which for weights is left to `wanrt inspect --verify`."""
+        check_hash(self.bundle, artefact)
+        return self.bundle.file(artefact)
+
+    def _engine(self, stage: str) -> Artefact:
         engine = self.target.engines.get(stage)
         if engine is None:
             raise BundleError(f"{self.bundle.folder}: target {self.name} has no engine for {stage}", hint="rebuild the bundle")
-        return self.bundle.file(engine)
+        return engine
 
 
 def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0) -> Opener:
     """The best of a bundle's targets that runs on this machine, or the one named.
 
     Raises:
+        RequestError: no such number of threads.
         EngineError: the bundle lacks the target named, or this machine runs none of those it has; never falls back silently.
     """
+    if not 0 <= num_threads <= _MAX_THREADS:
+        raise RequestError(f"num_threads={num_threads}: need 0 to {_MAX_THREADS}", hint="0 lets the library choose")
     built = bundle.manifest.targets
     if target is not None and target not in built:
         raise EngineError(
@@ -82,11 +119,14 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0) -
             reason = "asked for" if target else f"the best of {', '.join(built)} that runs here"
             return Opener(bundle, candidate, reason=reason, num_threads=num_threads)
         obstacles.append(f"{candidate.name}: {obstacle}")
-    raise EngineError(f"{bundle.folder}: this machine runs none of its targets: {'; '.join(obstacles) or ', '.join(built)}")
+    raise EngineError(
+        f"{bundle.folder}: this machine runs none of its targets: {'; '.join(obstacles) or ', '.join(built)}",
+        hint="remove the obstacle, or rebuild the bundle with a --target that runs here",
+    )
 
 
-def _no_weights(bundle: Bundle) -> BundleError:
+def _no_weights(bundle: Bundle, state: str) -> BundleError:
     return BundleError(
-        f"{bundle.folder}: engines only, without weights",
+        f"{bundle.folder}: {state}",
         hint="build it from a checkpoint: `wanrt build-engines CHECKPOINT --out BUNDLE`",
     )

@@ -68,7 +68,9 @@ class VideoPipeline:
             EngineError: none of its targets, or not the one named, runs on this machine.
         """
         bundle = open_bundle(Path(folder))
-        return cls(bundle, choose_target(bundle, target=target, num_threads=num_threads))
+        opener = choose_target(bundle, target=target, num_threads=num_threads)
+        opener.check_complete()
+        return cls(bundle, opener)
 
     def resolve(self, request: GenerateRequest) -> ResolvedRequest:
         """The request with the bundle's defaults filled in and everything checked; reads no weights.

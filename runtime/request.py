@@ -4,7 +4,6 @@ A `GenerateRequest` may leave everything but the prompt out; `resolve_request` f
 before any weight is read.
 """
 
-import math
 import secrets
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +20,8 @@ from runtime.tiling import TileSpec
 T = TypeVar("T")
 MAX_STEPS = 1000
 MAX_SEED = 2**64 - 1
+MAX_SCALE = 1000.0
+"""No shift (or its inverse) and no guidance scale comes near; beyond, float32 latents overflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ def resolve_request(request: GenerateRequest, manifest: Manifest, *, sizes: Size
         RequestError: the first thing that cannot be met, with what is possible.
     """
     variant, defaults = manifest.variant, manifest.variant.defaults
+    _check_text(request.prompt, "prompt")
+    _check_text(request.negative_prompt or "", "negative_prompt")
     conventions = request.conventions or manifest.conventions
     size = VideoSize(
         width=_or(request.width, defaults.width),
@@ -90,6 +93,8 @@ def resolve_request(request: GenerateRequest, manifest: Manifest, *, sizes: Size
     check_size(size, vae=variant.vae, transformer=variant.transformer)
     if sizes is not None and not sizes.contains(size):
         raise RequestError(f"size {size}: these engines take {sizes}", hint="rebuild with a wider --size and --frames")
+    if request.tile is not None:
+        request.tile.check(variant.vae)
     shape = latent_shape(size, vae=variant.vae)
     # A diffusers folder brings its scheduler; its fine settings hold for that one and not for another that is asked for instead.
     own = manifest.scheduler if conventions is Conventions.DIFFUSERS else None
@@ -116,6 +121,11 @@ def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
+def _check_text(text: str, name: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # what bytes become that are not UTF-8
+        raise RequestError(f"{name} is not valid UTF-8 text", hint="give it in UTF-8")
+
+
 def _check_steps(num_steps: int) -> int:
     if not 1 <= num_steps <= MAX_STEPS:
         raise RequestError(f"num_steps={num_steps}: need 1 to {MAX_STEPS}", hint="20 to 50 is usual")
@@ -123,8 +133,8 @@ def _check_steps(num_steps: int) -> int:
 
 
 def _check_shift(shift: float) -> float:
-    if not (math.isfinite(shift) and shift > 0):
-        raise RequestError(f"shift={shift}: need a positive number", hint="3 to 12 is usual")
+    if not 1 / MAX_SCALE <= shift <= MAX_SCALE:
+        raise RequestError(f"shift={shift}: need {1 / MAX_SCALE:g} to {MAX_SCALE:g}", hint="3 to 12 is usual")
     return shift
 
 
@@ -153,8 +163,8 @@ def _guidance(scales: tuple[float, ...], num_experts: int, conventions: Conventi
     The original repositories always make the unguided pass, which at scale 1 changes nothing and is left out here; diffusers makes
     it for all experts when the first scale is above 1, and for none otherwise (`WanPipeline.do_classifier_free_guidance`).
     """
-    if not all(math.isfinite(scale) for scale in scales):
-        raise RequestError(f"guidance={scales}: need finite numbers", hint="3 to 6 is usual")
+    if not all(abs(scale) <= MAX_SCALE for scale in scales):
+        raise RequestError(f"guidance={scales}: need numbers up to {MAX_SCALE:g}", hint="3 to 6 is usual")
     if len(scales) not in (1, num_experts):
         raise RequestError(
             f"guidance has {len(scales)} scales; this model has {num_experts} expert{'s' if num_experts > 1 else ''}",

@@ -51,10 +51,9 @@ def run_to_file(
         RequestError: the request cannot be met or the output cannot be written; nothing half-written is left.
         CancelledError: `cancelled` said so.
     """
-    check_output(request.out)
-    if request.save_latents is not None:
-        check_latents_output(request.save_latents)
     job = pipeline.resolve(request.generate)
+    report_file = request.out.with_suffix(".json")
+    check_outputs(request, report_file)
     save = request.save_latents
     metadata = json.dumps({"bundle_sha256": pipeline.bundle.sha256, **request_facts(job)}, ensure_ascii=False)
     with open_writer(request.out, fps=job.fps, width=job.size.width, height=job.size.height, metadata=metadata) as writer:
@@ -65,38 +64,52 @@ def run_to_file(
             cancelled=cancelled,
             writer=writer,
         )
-    report_file = request.out.with_suffix(".json")
     _write_whole(report_file, lambda file: file.write_text(video.report.to_json(), encoding="utf-8"))
     return RunOutcome(out=request.out, report_file=report_file, report=video.report)
 
 
-def check_latents_output(path: Path) -> None:
-    """Raises RequestError when `path` is not a .npy file in an existing folder."""
-    if path.suffix != ".npy":
-        raise RequestError(f"{path}: latents are saved as .npy", hint="give a name that ends in .npy")
-    if not path.parent.is_dir():
-        raise RequestError(f"{path.parent}: no such folder", hint="make it first")
+def check_outputs(request: RunRequest, report_file: Path) -> None:
+    """Check, before anything expensive, every place that a run writes to.
+
+    Raises:
+        RequestError: a place cannot be written, or two results would land in one.
+    """
+    check_output(request.out)
+    if report_file.is_dir():
+        raise RequestError(f"{report_file}: is a folder; the report would go there", hint="choose another --out")
+    latents = request.save_latents
+    if latents is None:
+        return
+    if latents.suffix != ".npy":
+        raise RequestError(f"{latents}: latents are saved as .npy", hint="give a name that ends in .npy")
+    check_output(latents)
+    if latents.resolve().is_relative_to(request.out.resolve()):
+        raise RequestError(f"{latents}: the video goes to {request.out}", hint="save the latents in another place")
 
 
 def load_latents(path: Path) -> Float32:
-    """Latents from a .npy file, as float32.
+    """Latents from a .npy file, float32, mapped: nothing is allocated for a header that promises more than the file has.
 
     Raises:
-        RequestError: missing, or not an array of numbers.
+        RequestError: missing, damaged, or not an array of float32.
     """
     try:
-        latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
+        with np.errstate(over="ignore"):  # of sizes in a hostile header
+            latents = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as exc:  # damaged headers make NumPy raise errors of tokenize, zipfile and others
         raise RequestError(f"{path}: not a readable .npy file: {exc}", hint="save latents with numpy.save") from exc
-    if not isinstance(latents, np.ndarray) or latents.dtype.kind != "f":
-        raise RequestError(f"{path}: holds no array of floating-point numbers", hint="save float32 latents with numpy.save")
-    return np.ascontiguousarray(latents, np.float32)
+    if not isinstance(latents, np.ndarray) or latents.dtype != np.float32:
+        found = latents.dtype if isinstance(latents, np.ndarray) else "an archive"
+        raise RequestError(f"{path}: holds {found}, latents are float32", hint="save them as float32 with numpy.save")
+    return np.ascontiguousarray(latents)
 
 
 def _save_latents(path: Path, latents: Float32) -> None:
     def save(file: Path) -> None:
         with file.open("wb") as stream:
-            np.save(stream, latents)
+            whole = np.ascontiguousarray(latents)
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(whole))
+            stream.write(whole.data)  # numpy.save says nothing when a full disk takes only part of them
 
     _write_whole(path, save)
 

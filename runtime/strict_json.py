@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def decode(kind: type[T], text: str, *, error: Callable[[str], Exception]) -> T:
         error: makes the exception to raise from a message such as `"targets.cpu.precision: expected one of …"`.
     """
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as exc:
         raise error(f"not JSON: {exc}") from exc
     try:
@@ -38,6 +39,20 @@ class _Mismatch(Exception):
 
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not a number here")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else typing.cast(float, _refuse_constant(digits))
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    items: dict[str, object] = {}
+    for name, item in pairs:
+        if name in items:
+            raise ValueError(f"{name!r} is there twice")
+        items[name] = item
+    return items
 
 
 def _build(kind: Any, data: object, at: str) -> Any:
@@ -58,13 +73,15 @@ def _build(kind: Any, data: object, at: str) -> Any:
             _build(item_kind, item, f"{at}[{i}]") for i, (item_kind, item) in enumerate(zip(kinds, items, strict=True))
         )
     if origin is dict:
-        return {key: _build(arguments[1], item, f"{at}.{key}") for key, item in _expect(dict, data, at).items()}
+        return {
+            _expect(str, key, at): _build(arguments[1], item, f"{at}.{key}") for key, item in _expect(dict, data, at).items()
+        }
     if isinstance(kind, type) and issubclass(kind, Enum):
         if data not in [member.value for member in kind]:
             raise _Mismatch(f"{at}: expected one of {[member.value for member in kind]}, got {data!r}")
         return kind(data)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        return _finite_float(data, at)
     return _expect(kind, data, at)
 
 
@@ -82,4 +99,13 @@ def _build_dataclass(kind: type, data: object, at: str) -> Any:
 def _expect(kind: type[T], data: object, at: str) -> T:
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
         raise _Mismatch(f"{at or 'top'}: expected {kind.__name__}, got {type(data).__name__}")
+    if isinstance(data, str) and any("\ud800" <= character <= "\udfff" for character in data):
+        raise _Mismatch(f"{at or 'top'}: {data!r} is not Unicode text")
     return data
+
+
+def _finite_float(number: int, at: str) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        raise _Mismatch(f"{at}: the number is too large") from None

@@ -18,25 +18,17 @@ from runtime.specs import DType, StageSpec
 
 _NUMPY_TYPES: dict[str, Any] = {DType.F32: np.float32, DType.F16: np.float16, DType.BF16: np.uint16, DType.F8_E4M3: np.uint8}
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+_MAX_AXES = 8
+_REBUILD = "the bundle is damaged; copy it again or rebuild it"
 
 
 def map_safetensors(path: Path) -> dict[str, Array]:
     """Map a safetensors file: every tensor by name, read-only and without reading its bytes (bf16 as uint16, fp8 as uint8).
 
     Raises:
-        BundleError: truncated, overlapping, mistyped or otherwise malformed.
+        BundleError: unreadable, truncated, overlapping, mistyped or otherwise malformed.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise BundleError(f"{path.name}: not a safetensors file: header of {length} bytes in a file of {size}")
-        try:
-            header = json.loads(file.read(length))
-            entries = [(str(name), _entry(entry)) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-            raise BundleError(f"{path.name}: malformed safetensors header: {exc!r}") from exc
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    entries, mapped = _read_header(path)
     tensors: dict[str, Array] = {}
     at = 0
     for name, (dtype, shape, begin, end) in sorted(entries, key=lambda entry: entry[1][2]):
@@ -44,11 +36,13 @@ def map_safetensors(path: Path) -> dict[str, Array]:
         for extent in shape:
             count *= extent
         if begin != at or end - begin != count * np.dtype(dtype).itemsize or end > mapped.size:
-            raise BundleError(f"{path.name}: {name}: shape {list(shape)} does not fit bytes {begin}..{end} of {mapped.size}")
+            raise BundleError(
+                f"{path.name}: {name}: shape {list(shape)} does not fit bytes {begin}..{end} of {mapped.size}", hint=_REBUILD
+            )
         tensors[name] = mapped[begin:end].view(dtype).reshape(shape)
         at = end
     if at != mapped.size:
-        raise BundleError(f"{path.name}: {mapped.size - at} bytes belong to no tensor")
+        raise BundleError(f"{path.name}: {mapped.size - at} bytes belong to no tensor", hint=_REBUILD)
     return tensors
 
 
@@ -67,6 +61,7 @@ class WeightStore:
     def __init__(self, path: Path, stages: Iterable[StageSpec], backend: Backend, *, num_blocks: int) -> None:
         self._tensors = map_safetensors(path)
         self._backend = backend
+        self._resident: dict[str, DeviceTensor] = {}
         for stage in stages:
             for block in range(num_blocks) if stage.per_block else (None,):
                 for weight in stage.weights:
@@ -74,22 +69,49 @@ class WeightStore:
                     found = self._tensors.get(name)
                     if found is None or found.shape != weight.shape or found.dtype != _NUMPY_TYPES[weight.dtype]:
                         given = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-                        raise BundleError(f"{path.name}: {name}: {given}, expected {weight.dtype} {list(weight.shape)}")
+                        raise BundleError(
+                            f"{path.name}: {name}: {given}, expected {weight.dtype} {list(weight.shape)}", hint=_REBUILD
+                        )
 
     def stage_weights(self, stage: StageSpec, block: int | None) -> Mapping[str, DeviceTensor]:
-        """The weights of `stage`, by the names the engine knows."""
-        return {
-            weight.name: self._backend.to_device(self._tensors[stage.weight_name(weight.name, block)])
-            for weight in stage.weights
-        }
+        """The weights of `stage`, by the names the engine knows; sent to the device when first asked for, and kept there."""
+        for weight in stage.weights:
+            name = stage.weight_name(weight.name, block)
+            if name not in self._resident:
+                self._resident[name] = self._backend.to_device(self._tensors[name], weight.dtype)
+        return {weight.name: self._resident[stage.weight_name(weight.name, block)] for weight in stage.weights}
 
     def host_tensor(self, name: str) -> Array:
         """A weight that the host reads itself, such as an embedding table; still mapped."""
         return self._tensors[name]
 
 
-def _entry(entry: Mapping[str, Any]) -> tuple[Any, tuple[int, ...], int, int]:
+_Entry = tuple[Any, tuple[int, ...], int, int]  # NumPy type, shape, begin, end
+
+
+def _read_header(path: Path) -> tuple[list[tuple[str, _Entry]], Array]:
+    """The header's entries by name, and the mapped bytes after it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise BundleError(
+                    f"{path.name}: not a safetensors file: header of {length} bytes in a file of {size}", hint=_REBUILD
+                )
+            header = json.loads(file.read(length))
+            entries = [(str(name), _entry(entry)) for name, entry in header.items() if name != "__metadata__"]
+            return entries, np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise BundleError(f"{path.name}: malformed safetensors header: {exc!r}", hint=_REBUILD) from exc
+    except OSError as exc:
+        raise BundleError(f"{path.name}: cannot be read: {exc.strerror or exc}", hint="check its permissions") from exc
+
+
+def _entry(entry: Mapping[str, Any]) -> _Entry:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if len(shape) > _MAX_AXES:
+        raise ValueError(f"{len(shape)} axes")
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"extents and offsets must be non-negative integers, got {shape}, {begin}, {end}")
     return _NUMPY_TYPES[entry["dtype"]], shape, begin, end

@@ -38,7 +38,7 @@ def open_network(variant: Variant, network: str, tensors: Mapping[str, torch.Ten
     files = {}
     for stage in stages:
         files[stage.name] = folder / f"{stage.name}.onnx"
-        files[stage.name].write_bytes(TARGETS["cpu"].build_engine(stage_graph(variant, stage), stage))
+        files[stage.name].write_bytes(TARGETS["cpu"].networks[network].build_engine(stage_graph(variant, stage), stage))
     num_blocks = network_blocks(variant, network)
     weights = folder / "weights.safetensors"
     write_weights(DictSource(tensors), pack_plan(stages, num_blocks=num_blocks), weights)

@@ -1,17 +1,14 @@
 """Whole generations against diffusers' `WanPipeline` on the same weights, prompt, seed and steps: every step, every frame."""
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
 
-from export.build import BuildRequest, build_bundle
 from runtime.denoise import StepEvent
 from runtime.errors import CancelledError
 from runtime.geometry import Float32
@@ -19,49 +16,16 @@ from runtime.pipeline import Video, VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.schedulers import Conventions, SchedulerName
 from runtime.tiling import TileSpec
+from tests.conftest import Toy, make_toy
 from tests.harness import relative_error
 from tests.tolerances import TOLERANCES
-from tests.toys import NARROW_TOY, TOY, WIDE_TOY, make_diffusers_checkpoint, make_original_checkpoint, make_scheduler
+from tests.toys import WIDE_TOY, make_scheduler
 
 LATENTS = TOLERANCES["latents after a step, fp32"]
 LEVELS = TOLERANCES["frame, of 255"]
 PROMPT = GenerateRequest(
     prompt="a red panda runs on snow", negative_prompt="slow dog", width=64, height=48, num_frames=9, num_steps=5, seed=42
 )
-
-
-@dataclass(frozen=True)
-class Toy:
-    """A diffusers folder, and bundles built from it and from the same weights in the original layout."""
-
-    folder: Path
-    diffusers: Path
-    original: Path
-
-    def oracle(self) -> Any:
-        pipeline = WanPipeline.from_pretrained(self.folder)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-
-def make_toy(folder: Path, **options: Any) -> Toy:
-    make_diffusers_checkpoint(folder / "diffusers", **options)
-    options.pop("scheduler", None), options.pop("flow_shift", None)
-    make_original_checkpoint(folder / "original", **options)
-    build_bundle(BuildRequest(out=folder / "diffusers-bundle", checkpoint=folder / "diffusers"))
-    shutil.copytree(folder / "diffusers-bundle", folder / "original-bundle")  # same architecture: its engines are kept
-    build_bundle(BuildRequest(out=folder / "original-bundle", checkpoint=folder / "original"))
-    return Toy(folder / "diffusers", folder / "diffusers-bundle", folder / "original-bundle")
-
-
-@pytest.fixture(scope="session")
-def one_expert(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return make_toy(tmp_path_factory.mktemp("one"), config=TOY, seed=1, scheduler="unipc", flow_shift=3.0)
-
-
-@pytest.fixture(scope="session")
-def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return make_toy(tmp_path_factory.mktemp("two"), config=NARROW_TOY, seed=2, experts=2, scheduler="unipc", flow_shift=5.0)
 
 
 def run_diffusers(pipeline: Any, request: GenerateRequest, **options: Any) -> tuple[list[Float32], Any]:

@@ -52,7 +52,8 @@ def test_mp4_holds_every_frame_at_its_rate_and_size_in_yuv420p(tmp_path: Path, f
     write(tmp_path / "video.mp4", frames, metadata='{"seed": 7}')
     with av.open(str(tmp_path / "video.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", FPS)
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert stream.average_rate is not None and float(stream.average_rate) == FPS
         assert (stream.width, stream.height) == (WIDTH, HEIGHT)
         assert container.metadata["comment"] == '{"seed": 7}'
         times = [frame.time for frame in container.decode(video=0)]

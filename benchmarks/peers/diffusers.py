@@ -20,12 +20,12 @@ def main(job: Job) -> None:
 
     def on_step_end(_pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 0:
-            Path(job.first_step_file).write_text(repr(time.monotonic()))
+            Path(job.first_step_file).write_text(repr(time.monotonic()), encoding="utf-8")
         return tensors
 
     torch.set_num_threads(job.num_threads)
     # The checkpoint is float32 and stays so.
-    pipeline: Any = WanPipeline.from_pretrained(job.model, local_files_only=True)  # type: ignore[no-untyped-call]
+    pipeline: Any = WanPipeline.from_pretrained(job.model, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         prompt=job.prompt,

@@ -19,7 +19,7 @@ def main(job: Job) -> None:
 
     def on_step(event: StepEvent) -> None:
         if event.step == 1:
-            Path(job.first_step_file).write_text(repr(time.monotonic()))
+            Path(job.first_step_file).write_text(repr(time.monotonic()), encoding="utf-8")
 
     request = GenerateRequest(
         prompt=job.prompt,

@@ -26,6 +26,7 @@ from runtime.variants import VARIANTS, TextEncoderArch, TransformerArch, VaeArch
 
 _EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 _DIT = "diffusion_pytorch_model"
+_SHARED_EMBEDDING = "shared.weight"
 _EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
 _UNUSED_NORM = "norm_added_q"
 
@@ -156,9 +157,13 @@ def _diffusers_text_encoder(folder: CheckpointFolder) -> tuple[TextEncoderArch, 
     stored = _stored_names(files)
     _check_depth(settings, "num_layers", arch.num_layers, count_blocks(stored, "encoder.block"))
     names = _inverse(text_encoder_diffusers_names(arch))
-    if "shared.weight" in stored:
-        return arch, TensorSource("text_encoder", files, names=names, ignored={_EMBEDDING_ALIAS})
-    return arch, TensorSource("text_encoder", files, names={**names, _EMBEDDING_ALIAS: "token_embedding.weight"})
+    if _EMBEDDING_ALIAS not in stored:
+        return arch, TensorSource("text_encoder", files, names=names)
+    # Where both are stored and differ, transformers (5.23) computes with the alias, whatever tie_word_embeddings says.
+    token_embedding = names.pop(_SHARED_EMBEDDING)
+    return arch, TensorSource(
+        "text_encoder", files, names={**names, _EMBEDDING_ALIAS: token_embedding}, ignored={_SHARED_EMBEDDING}
+    )
 
 
 def _diffusers_vae(folder: CheckpointFolder) -> tuple[VaeArch, TensorSource]:

@@ -1,5 +1,6 @@
 """A component's tensors under their original names, whatever the files call them, and the check that they fit a layout."""
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,14 @@ class TensorSource:
                 hint=f"leave {stored.file.path.name} alone while it is being read",
             )
         return tensor
+
+    def fingerprint(self) -> str:
+        """Changes when a file that holds this component does: its name, size or time."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            status = file.path.stat()
+            digest.update(f"{file.path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Release what the files keep in memory."""

@@ -125,7 +125,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, caches: Caches) -> Tensor:
         if self.time_conv is not None:
-            halves = caches.convolve(x, self.time_conv).unflatten(0, (2, -1))  # [2, C, T, h, w]: even frames, odd frames
+            both = caches.convolve(x, self.time_conv)
+            halves = both.reshape(2, x.shape[0], *both.shape[1:])  # [2, C, T, h, w]: even frames, odd frames
             x = halves.permute(1, 2, 0, 3, 4).flatten(1, 2)  # [C, 2T, h, w]
         elif self.doubles_time:
             caches.skip(x)

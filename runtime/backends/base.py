@@ -6,11 +6,12 @@ engine to engine; only `to_host` turns it into NumPy. A new backend is one file 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from runtime.specs import StageSpec
+from runtime.specs import DType, StageSpec
 
 Array = np.ndarray[Any, Any]
 DeviceTensor = Any
@@ -34,7 +35,7 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """A library that opens and runs engines on one device."""
+    """A library that opens and runs engines on one device. Use with `with`: its tensors do not outlive it."""
 
     name: str
 
@@ -46,6 +47,16 @@ class Backend(Protocol):
         """
         ...
 
-    def to_device(self, array: Array) -> DeviceTensor: ...
+    def to_device(self, array: Array, dtype: DType | None = None) -> DeviceTensor:
+        """A tensor with the array's elements; `dtype` says what bits mean that NumPy has no type for (bf16 as uint16, fp8 as uint8)."""
+        ...
 
-    def to_host(self, tensor: DeviceTensor) -> Array: ...
+    def to_host(self, tensor: DeviceTensor) -> Array:
+        """A tensor's elements, once everything queued before has run."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Release the device and everything on it."""
+        ...

@@ -50,7 +50,7 @@ def parse_scheduler_config(config: Mapping[str, object]) -> DiffusersScheduler:
     )
 
 
-_HINT = "choose a scheduler with --scheduler, or save the pipeline with one of Wan's own"
+_HINT = "save the pipeline with one of Wan's own schedulers, or edit scheduler/scheduler_config.json"
 _OFF = (False, None)
 
 

@@ -1,0 +1,387 @@
+// Fused pointwise kernels of the diffusion transformer: norms, rotary embedding, gated residuals and FP8 quantisation.
+//
+// The formulas are the ONNX bodies in export/functions.py; arithmetic inside is FP32, and rows are read once. Every kernel exists
+// three times: plain, for 16-byte aligned arrays and rows that fill the block; _ragged, for other aligned rows; _unaligned, for all
+// else. What writes FP8 needs sm_89. No float atomics: the same input gives the same bits. runtime/backends/cuda/launch.py mirrors the
+// argument structs.
+
+#include "rows.cuh"
+
+// residual + x * gate; `gate` may be null.
+template <Access kAccess>
+__device__ void add_gated(const Tile& tile, const Rows<bf16>& residual, const Rows<bf16>& x, const float* gate, Values& value) {
+    Packed base, addend;
+    load_rows<kAccess>(tile, residual, base);
+    load_rows<kAccess>(tile, x, addend);
+    unpack_rows(base, value);
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) {
+        float factor[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+        if (gate != nullptr && has_column<kAccess>(tile, vector)) load<kAccess>(gate + tile.column(vector), factor);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            float term[8];
+            unpack(addend[row][vector], term);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) value[row][vector][i] += term[i] * factor[i];
+        }
+    }
+}
+
+template <typename Out> struct NormArguments {
+    Tile tile;
+    Rows<bf16> x, residual, residual_out;
+    const float *gate, *gain, *shift;
+    Rows<Out> out;
+    float* out_scale;
+    float one, eps;  // `one` is added to the gain
+};
+
+// Replace x by layer_norm(x) * (gain + one) + shift. The variance is E[x^2] - E[x]^2: its FP32 error is smaller than what the rounding
+// of x to bf16 did to it as long as |mean| < 8192 standard deviations.
+template <Access kAccess, typename Out> __device__ void normalize(const NormArguments<Out>& a, float* partial, Values& value) {
+    float sum[2 * kRows];  // of x, then of x^2
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+        sum[row] = sum[kRows + row] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kVectors * 8; ++i) {
+            const float x = value[row][i / 8][i % 8];
+            sum[row] += x;
+            sum[kRows + row] += x * x;
+        }
+    }
+    block_sum(sum, partial);
+    const float share = __fdividef(1.0f, a.tile.num_columns);
+    float inverse[kRows], offset[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+        const float mean = sum[row] * share;
+        inverse[row] = rsqrtf(fmaxf(sum[kRows + row] * share - mean * mean, 0.0f) + a.eps);
+        offset[row] = -mean * inverse[row];
+    }
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) {
+        float gain[8] = {}, shift[8] = {};
+        if (has_column<kAccess>(a.tile, vector)) {
+            load<kAccess>(a.gain + a.tile.column(vector), gain);
+            load<kAccess>(a.shift + a.tile.column(vector), shift);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) gain[i] += a.one;
+        }
+#pragma unroll
+        for (int i = 0; i < kRows * 8; ++i) {
+            float& x = value[i / 8][vector][i % 8];
+            x = (x * inverse[i / 8] + offset[i / 8]) * gain[i % 8] + shift[i % 8];
+        }
+    }
+}
+
+template <Access kAccess, bool kResidual, bool kQuantize, typename Out> __device__ void norm_rows(const NormArguments<Out>& a) {
+    __shared__ float partial_sum[2 * kRows * kMaxWarps];
+    Values value;
+    if constexpr (kResidual) {
+        add_gated<kAccess>(a.tile, a.residual, a.x, a.gate, value);
+        store_rows<kAccess>(a.tile, a.residual_out, value);
+#pragma unroll
+        for (int i = 0; i < kRows * kVectors; ++i) unpack(pack(value[i / kVectors][i % kVectors]), value[i / kVectors][i % kVectors]);
+    } else {
+        Packed packed;
+        load_rows<kAccess>(a.tile, a.x, packed);
+        unpack_rows(packed, value);
+    }
+    normalize<kAccess>(a, partial_sum, value);
+    if constexpr (kQuantize) {
+        __shared__ u32 partial_max[kRows][kMaxWarps];
+        float amax[kRows] = {};
+#pragma unroll
+        for (int i = 0; i < kRows * kVectors * 8; ++i) {
+            const int row = i / (kVectors * 8);
+            amax[row] = fmaxf(amax[row], fabsf(value[row][i / 8 % kVectors][i % 8]));
+        }
+        row_scales(a.tile, a.out_scale, partial_max, amax);
+#pragma unroll
+        for (int i = 0; i < kRows * kVectors * 8; ++i) value[i / (kVectors * 8)][i / 8 % kVectors][i % 8] *= amax[i / (kVectors * 8)];
+    }
+    store_rows<kAccess>(a.tile, a.out, value);
+}
+
+struct GatedResidualArguments {
+    Tile tile;
+    Rows<bf16> x, residual;
+    const float* gate;
+    Rows<bf16> out;
+};
+
+template <Access kAccess> __device__ void gated_residual_rows(const GatedResidualArguments& a) {
+    Values value;
+    add_gated<kAccess>(a.tile, a.residual, a.x, a.gate, value);
+    store_rows<kAccess>(a.tile, a.out, value);
+}
+
+template <typename Out> struct RopeArguments {
+    Tile tile;
+    Rows<bf16> x;
+    const float *weight, *rope_cos, *rope_sin;  // tables [N, head_dim / 2], both null for no rotation
+    i64 rope_stride;
+    Rows<Out> out;
+    int head_dim;
+    u32 head_inverse;  // ceil(2^32 / head_dim): a division by multiplication
+    float eps, inverse_scale;
+};
+
+struct Angles { float cos[4], sin[4]; };
+
+// Angles of the 4 adjacent pairs of a row from `column` on; they may run into the next head when unaligned. No tables: no rotation.
+template <Access kAccess, typename Out> __device__ Angles load_angles(const RopeArguments<Out>& a, int row, int column) {
+    if (a.rope_cos == nullptr) return {{1, 1, 1, 1}, {}};
+    const int first = column - __umulhi(column, a.head_inverse) * a.head_dim;
+    const float *cos_row = a.rope_cos + row * a.rope_stride, *sin_row = a.rope_sin + row * a.rope_stride;
+    Angles angles;
+    if constexpr (kAccess != kUnaligned) {
+        *reinterpret_cast<float4*>(angles.cos) = *reinterpret_cast<const float4*>(cos_row + first / 2);
+        *reinterpret_cast<float4*>(angles.sin) = *reinterpret_cast<const float4*>(sin_row + first / 2);
+    } else {
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            angles.cos[pair] = cos_row[(first + 2 * pair) % a.head_dim / 2];
+            angles.sin[pair] = sin_row[(first + 2 * pair) % a.head_dim / 2];
+        }
+    }
+    return angles;
+}
+
+// Rotate adjacent pairs, and multiply by `gain`.
+__device__ void rotate(const Angles& angles, float gain, float (&value)[8]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        const float real = value[2 * pair], imaginary = value[2 * pair + 1];
+        const float cos = angles.cos[pair] * gain, sin = angles.sin[pair] * gain;
+        value[2 * pair] = real * cos - imaginary * sin;
+        value[2 * pair + 1] = real * sin + imaginary * cos;
+    }
+}
+
+// Rows stay packed until their norm is known. kFull also means that the heads repeat with the block's width: a thread needs the same
+// angles for all its vectors, and loads them before the sum to hide the wait.
+template <Access kAccess, typename Out> __device__ void qk_norm_rope_rows(const RopeArguments<Out>& a) {
+    __shared__ float partial[kRows * kMaxWarps];
+    Packed packed;
+    load_rows<kAccess>(a.tile, a.x, packed);
+    Angles angles[kRows];
+    if constexpr (kAccess == kFull) {
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) angles[row] = load_angles<kAccess>(a, a.tile.row(row), a.tile.column(0));
+    }
+    float gain[kRows] = {};
+#pragma unroll
+    for (int i = 0; i < kRows * kVectors; ++i) {
+        float value[8];
+        unpack(packed[i / kVectors][i % kVectors], value);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) gain[i / kVectors] += value[j] * value[j];
+    }
+    block_sum(gain, partial);
+    const float share = __fdividef(1.0f, a.tile.num_columns);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) gain[row] = rsqrtf(gain[row] * share + a.eps) * a.inverse_scale;
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) {
+        if (!has_column<kAccess>(a.tile, vector)) break;
+        const int column = a.tile.column(vector);
+        float weight[8];
+        load<kAccess>(a.weight + column, weight);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            float value[8];
+            unpack(packed[row][vector], value);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) value[i] *= weight[i];
+            if constexpr (kAccess != kFull) angles[row] = load_angles<kAccess>(a, a.tile.row(row), column);
+            rotate(angles[row], gain[row], value);
+            if (a.tile.has_row(row)) store<kAccess>(a.out.at(a.tile.row(row), column), value);
+        }
+    }
+}
+
+struct QuantizeRowsArguments {
+    Tile tile;
+    Rows<bf16> x;
+    Rows<fp8> out;
+    float* out_scale;
+};
+
+template <Access kAccess> __device__ void quantize_rows_rows(const QuantizeRowsArguments& a) {
+    __shared__ u32 partial[kRows][kMaxWarps];
+    Packed packed;
+    load_rows<kAccess>(a.tile, a.x, packed);
+    float amax[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+        u32 greatest = 0;
+#pragma unroll
+        for (int vector = 0; vector < kVectors; ++vector) greatest = __vmaxu2(greatest, magnitude(packed[row][vector]));
+        amax[row] = __uint_as_float(max(greatest << 16, greatest & 0xffff0000u));
+    }
+    row_scales(a.tile, a.out_scale, partial, amax);
+    Values value;
+    unpack_rows(packed, value);
+#pragma unroll
+    for (int i = 0; i < kRows * kVectors * 8; ++i) value[i / (kVectors * 8)][i / 8 % kVectors][i % 8] *= amax[i / (kVectors * 8)];
+    store_rows<kAccess>(a.tile, a.out, value);
+}
+
+struct QuantizeTensorArguments {
+    Tile tile;
+    Rows<bf16> x;
+    const float* scale;
+    Rows<fp8> out;
+};
+
+template <Access kAccess> __device__ void quantize_tensor_rows(const QuantizeTensorArguments& a) {
+    Packed packed;
+    Values value;
+    load_rows<kAccess>(a.tile, a.x, packed);
+    unpack_rows(packed, value);
+    const float inverse = *a.scale > 0.0f ? 1.0f / *a.scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRows * kVectors * 8; ++i) value[i / (kVectors * 8)][i / 8 % kVectors][i % 8] *= inverse;
+    store_rows<kAccess>(a.tile, a.out, value);
+}
+
+struct AmaxArguments {
+    Tile tile;
+    Rows<bf16> x;
+    float factor;
+    u32* out;  // zero before; non-negative floats order like their bits, NaN above all
+};
+
+template <Access kAccess> __device__ void amax_rows(const AmaxArguments& a) {
+    u32 amax = 0;  // two bf16 magnitudes
+    for (int row = blockIdx.x; row < a.tile.num_rows; row += gridDim.x)
+#pragma unroll
+        for (int vector = 0; vector < kVectors; ++vector) {
+            if (!has_column<kAccess>(a.tile, vector)) break;
+            amax = __vmaxu2(amax, magnitude(load_packed<kAccess>(a.x.at(row, a.tile.column(vector)))));
+        }
+    const u32 greatest = __reduce_max_sync(~0u, max(amax << 16, amax & 0xffff0000u));
+    if (threadIdx.x % 32 == 0) atomicMax(a.out, __float_as_uint(__uint_as_float(greatest) * a.factor));
+}
+
+template <typename In, typename Out> struct ConvertArguments {
+    Tile tile;
+    Rows<In> x;
+    Rows<Out> out;
+};
+
+template <Access kAccess, typename In, typename Out> __device__ void convert_rows(const ConvertArguments<In, Out>& a) {
+    for (int i = 0; i < kRows * kVectors; ++i) {
+        if (!a.tile.has_row(i / kVectors) || !has_column<kAccess>(a.tile, i % kVectors)) continue;
+        float value[8];
+        load<kAccess>(a.x.at(a.tile.row(i / kVectors), a.tile.column(i % kVectors)), value);
+        store<kAccess>(a.out.at(a.tile.row(i / kVectors), a.tile.column(i % kVectors)), value);
+    }
+}
+
+struct AddArguments {
+    Tile tile;
+    Rows<float> a, b, out;  // a stride of 0 repeats one row
+};
+
+template <Access kAccess> __device__ void add_rows(const AddArguments& arguments) {
+    const Tile& tile = arguments.tile;
+    for (int i = 0; i < kRows * kVectors; ++i) {
+        if (!tile.has_row(i / kVectors) || !has_column<kAccess>(tile, i % kVectors)) continue;
+        const int row = tile.row(i / kVectors), column = tile.column(i % kVectors);
+        float a[8], b[8];
+        load<kAccess>(arguments.a.at(row, column), a);
+        load<kAccess>(arguments.b.at(row, column), b);
+        for (int j = 0; j < 8; ++j) a[j] += b[j];
+        store<kAccess>(arguments.out.at(row, column), a);
+    }
+}
+
+constexpr int kGemvRows = 4;        // most rows of x
+constexpr int kGemvOutputs = 4;     // output features per warp
+constexpr int kGemvFloats = 8192;   // x staged at once, all rows together
+
+template <typename Weight> struct GemvArguments {
+    Tile tile;  // rows of x, and K
+    int num_outputs, silu_input;
+    Rows<float> x;
+    Rows<Weight> weight;
+    const float* bias;
+    Rows<float> out;
+};
+
+// out[m, o] = sum_k act(x[m, k]) * weight[o, k] + bias[o]: a warp owns kGemvOutputs features, x is staged in shared memory.
+template <Access kAccess, typename Weight> __device__ void gemv(const GemvArguments<Weight>& a) {
+    __shared__ __align__(16) float staged[kGemvFloats];
+    const int num_rows = a.tile.num_rows, width = kGemvFloats / num_rows / 8 * 8, lane = threadIdx.x % 32;
+    const int first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * kGemvOutputs;
+    float sum[kGemvOutputs][kGemvRows] = {};
+    for (int begin = 0; begin < a.tile.num_columns; begin += width) {
+        const int count = min(width, a.tile.num_columns - begin);
+        __syncthreads();
+        for (int i = threadIdx.x; i < num_rows * count; i += blockDim.x) {
+            const float x = *a.x.at(i / count, begin + i % count);
+            staged[i] = a.silu_input ? x / (1.0f + __expf(-x)) : x;
+        }
+        __syncthreads();
+        for (int column = lane * 8; column < count; column += 32 * 8) {
+            float weight[kGemvOutputs][8];
+#pragma unroll
+            for (int output = 0; output < kGemvOutputs; ++output) {
+                load<kAccess>(a.weight.at(min(first + output, a.num_outputs - 1), begin + column), weight[output]);
+            }
+#pragma unroll
+            for (int row = 0; row < kGemvRows; ++row) {
+                if (row == num_rows) break;
+                float x[8];
+                load<kFull>(staged + row * count + column, x);
+#pragma unroll
+                for (int i = 0; i < kGemvOutputs * 8; ++i) sum[i / 8][row] += x[i % 8] * weight[i / 8][i % 8];
+            }
+        }
+    }
+#pragma unroll
+    for (int output = 0; output < kGemvOutputs; ++output)
+#pragma unroll
+        for (int row = 0; row < kGemvRows; ++row) {
+            for (int step = 16; step > 0; step /= 2) sum[output][row] += __shfl_xor_sync(~0u, sum[output][row], step);
+            if (lane == 0 && row < num_rows && first + output < a.num_outputs) {
+                *a.out.at(row, first + output) = sum[output][row] + (a.bias != nullptr ? a.bias[first + output] : 0.0f);
+            }
+        }
+}
+
+#define ENTRY(name, threads, Arguments, access, ...)                                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, threads > 512 ? 2 : 1024 / threads) name(const __grid_constant__ Arguments a) {   \
+        constexpr Access kAccess = access;                                                                              \
+        __VA_ARGS__(a);                                                                                                 \
+    }
+#define KERNEL(name, threads, Arguments, ...)                          \
+    ENTRY(name, threads, Arguments, kFull, __VA_ARGS__)                \
+    ENTRY(name##_ragged, threads, Arguments, kRagged, __VA_ARGS__)     \
+    ENTRY(name##_unaligned, threads, Arguments, kUnaligned, __VA_ARGS__)
+
+using ToBf16 = ConvertArguments<float, bf16>;
+using ToF32 = ConvertArguments<bf16, float>;
+
+KERNEL(norm_bf16, 512, NormArguments<bf16>, norm_rows<kAccess, false, false>)
+KERNEL(residual_norm_bf16, 512, NormArguments<bf16>, norm_rows<kAccess, true, false>)
+KERNEL(gated_residual, 512, GatedResidualArguments, gated_residual_rows<kAccess>)
+KERNEL(qk_norm_rope_bf16, 512, RopeArguments<bf16>, qk_norm_rope_rows<kAccess>)
+KERNEL(amax, 512, AmaxArguments, amax_rows<kAccess>)
+KERNEL(convert_f32_bf16, 512, ToBf16, convert_rows<kAccess>)
+KERNEL(convert_bf16_f32, 512, ToF32, convert_rows<kAccess>)
+KERNEL(add, 512, AddArguments, add_rows<kAccess>)
+KERNEL(gemv_f32, 256, GemvArguments<float>, gemv<kAccess>)
+KERNEL(gemv_bf16, 256, GemvArguments<bf16>, gemv<kAccess>)
+#if __CUDA_ARCH__ >= 890
+KERNEL(norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, false, true>)
+KERNEL(residual_norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, true, true>)
+KERNEL(qk_norm_rope_fp8, 512, RopeArguments<fp8>, qk_norm_rope_rows<kAccess>)
+KERNEL(quantize_rows, 1024, QuantizeRowsArguments, quantize_rows_rows<kAccess>)
+KERNEL(quantize_tensor, 512, QuantizeTensorArguments, quantize_tensor_rows<kAccess>)
+#endif

@@ -1,0 +1,228 @@
+"""Launches the fused kernels that `engines.targets.cuda` compiled: norms, rotary embedding, residuals, FP8 quantisation, small products.
+
+Arrays belong to the caller, outputs too; every launch goes to the device's one stream and returns at once. Matrices have rows that are
+contiguous and any `row_stride`; x, residual and their like are bf16 [N, D], vectors (gain, shift, gate, weight) f32 with D elements.
+D is a multiple of 8. FP8 is E4M3: stored value = value / scale, saturating at 448.
+"""
+
+from dataclasses import replace
+
+from runtime.backends.cuda import launch
+from runtime.backends.cuda.device import Device, DeviceArray
+from runtime.specs import DType
+
+GEMV_ROWS = 4  # kGemvRows and kGemvOutputs of engines/targets/cuda/kernels.cu
+GEMV_OUTPUTS_PER_WARP = 4
+GEMV_THREADS = 256
+MAX_QUANTIZED_COLUMNS = 16384
+AMAX_BLOCKS = 1024  # several for every multiprocessor of any GPU of today; each warp ends in one atomic
+
+
+class Kernels:
+    """The kernels of one cubin, loaded into `device`'s context; they are unloaded with it.
+
+    Methods raise EngineError for what this GPU or a kernel cannot do, ValueError for shapes and dtypes that do not fit.
+
+    Args:
+        cubin: what `engines.targets.cuda.compile.compile_kernels` made for `device.arch`.
+
+    Raises:
+        CudaError: the cubin is not for this GPU.
+    """
+
+    def __init__(self, device: Device, cubin: bytes) -> None:
+        self._device = device
+        self._module = launch.Module(device, cubin)
+
+    def norm(
+        self,
+        x: DeviceArray,
+        gain: DeviceArray,
+        shift: DeviceArray,
+        out: DeviceArray,
+        *,
+        out_scale: DeviceArray | None = None,
+        add_one: bool,
+        eps: float,
+    ) -> None:
+        """`out = layer_norm(x) * (gain [+ 1]) + shift`, bf16 or, with its scale per row (amax / 448) in out_scale [N], fp8."""
+        self._norm("norm", x, gain, shift, out, out_scale, add_one, eps)
+
+    def residual_norm(
+        self,
+        residual: DeviceArray,
+        x: DeviceArray,
+        gate: DeviceArray | None = None,
+        *,
+        gain: DeviceArray,
+        shift: DeviceArray,
+        residual_out: DeviceArray,
+        out: DeviceArray,
+        out_scale: DeviceArray | None = None,
+        add_one: bool,
+        eps: float,
+    ) -> None:
+        """`residual_out = residual + x * gate` (no gate: 1), and `norm` of it, rounded to bf16 as the next reader sees it.
+
+        residual_out may be residual itself.
+        """
+        _expect(residual, DType.BF16, x.shape)
+        _expect(residual_out, DType.BF16, x.shape)
+        self._norm("residual_norm", x, gain, shift, out, out_scale, add_one, eps, (residual, residual_out, gate))
+
+    def gated_residual(
+        self, residual: DeviceArray, x: DeviceArray, gate: DeviceArray | None = None, *, out: DeviceArray
+    ) -> None:
+        """`out = residual + x * gate` (no gate: 1); out may be residual or x."""
+        for array in (x, residual, out):
+            _expect(array, DType.BF16, x.shape)
+        gate = _vector(gate, x.shape[1])
+        self._module.launch("gated_residual", launch.GATED_RESIDUAL, x, x=x, residual=residual, gate=gate, out=out)
+
+    def qk_norm_rope(
+        self,
+        x: DeviceArray,
+        weight: DeviceArray,
+        rope_cos: DeviceArray | None = None,
+        rope_sin: DeviceArray | None = None,
+        *,
+        out: DeviceArray,
+        num_heads: int,
+        eps: float,
+        fp8_scale: float = 1.0,
+    ) -> None:
+        """RMS norm over the full width times weight, then each head's adjacent pairs rotated by f32 tables [N, head_dim / 2].
+
+        Without tables nothing is rotated. out is bf16, or fp8 with the given scale.
+        """
+        _expect(x, DType.BF16, x.shape)
+        head_dim, rest = divmod(x.shape[1], num_heads)
+        if rest or head_dim % 2:
+            raise ValueError(f"{num_heads} heads of {x.shape[1]} columns")
+        for table in (rope_cos, rope_sin):
+            if table is not None:
+                _expect(table, DType.F32, (x.shape[0], head_dim // 2))
+        if rope_cos is not None and (rope_sin is None or rope_sin.row_stride != rope_cos.row_stride):
+            raise ValueError("rope_cos and rope_sin belong together, with the same row stride")
+        _expect(out, out.dtype, x.shape)
+        self._module.launch(
+            f"qk_norm_rope_{_suffix(out)}", launch.ROPE, x,
+            period=head_dim, aligned=rope_cos is None or (head_dim % 8 == 0 and rope_cos.row_stride % 4 == 0),
+            x=x, weight=_vector(weight, x.shape[1]), rope_cos=rope_cos, rope_sin=rope_sin, out=out,
+            rope_stride=0 if rope_cos is None else rope_cos.row_stride,
+            head_dim=head_dim, head_inverse=-(-(2**32) // head_dim), eps=eps,
+            inverse_scale=1.0 / fp8_scale if out.dtype is DType.F8_E4M3 else 1.0,
+        )  # fmt: skip
+
+    def quantize_rows(self, x: DeviceArray, out: DeviceArray, out_scale: DeviceArray) -> None:
+        """x as fp8 with one scale a row, amax / 448, in out_scale [N]; up to 16,384 columns."""
+        _expect(x, DType.BF16, x.shape)
+        _expect(out, DType.F8_E4M3, x.shape)
+        _expect(out_scale, DType.F32, x.shape[:1])
+        most = MAX_QUANTIZED_COLUMNS
+        self._module.launch("quantize_rows", launch.QUANTIZE_ROWS, x, most=most, x=x, out=out, out_scale=out_scale.pointer)
+
+    def amax(self, x: DeviceArray, *, divide_by: float = 1.0) -> DeviceArray:
+        """The greatest magnitude of x over `divide_by`, f32 [1] on the device; with 448 it is `quantize_tensor`'s scale."""
+        _expect(x, DType.BF16, x.shape)
+        out = self._device.zeros((1,), DType.F32)
+        self._module.launch(
+            "amax", launch.AMAX, x, blocks=min(AMAX_BLOCKS, x.shape[0]), x=x, factor=1.0 / divide_by, out=out.pointer
+        )
+        return out
+
+    def quantize_tensor(self, x: DeviceArray, scale: DeviceArray, out: DeviceArray) -> None:
+        """x as fp8 with the one scale that `scale`, f32 [1] on the device, holds."""
+        _expect(x, DType.BF16, x.shape)
+        _expect(out, DType.F8_E4M3, x.shape)
+        _expect(scale, DType.F32, (1,))
+        self._module.launch("quantize_tensor", launch.QUANTIZE_TENSOR, x, x=x, scale=scale.pointer, out=out)
+
+    def gemv(
+        self,
+        x: DeviceArray,
+        weight: DeviceArray,
+        bias: DeviceArray | None = None,
+        *,
+        out: DeviceArray,
+        silu_input: bool = False,
+    ) -> None:
+        """`out = act(x) @ weight.T + bias`, act being SiLU or nothing: x f32 [M <= 4, K], weight f32 or bf16 [O, K], out f32 [M, O]."""
+        num_rows, num_columns = x.shape
+        if num_rows > GEMV_ROWS or weight.dtype not in (DType.F32, DType.BF16):
+            raise ValueError(f"gemv takes up to {GEMV_ROWS} rows and f32 or bf16 weights, not {num_rows} and {weight.dtype}")
+        num_outputs = weight.shape[0]
+        _expect(x, DType.F32, x.shape)
+        _expect(weight, weight.dtype, (num_outputs, num_columns))
+        _expect(out, DType.F32, (num_rows, num_outputs))
+        if bias is not None:
+            _expect(bias, DType.F32, (num_outputs,))
+        self._module.launch(
+            f"gemv_{_suffix(weight)}", launch.GEMV, x,
+            blocks=-(-num_outputs // (GEMV_THREADS // 32 * GEMV_OUTPUTS_PER_WARP)), threads=GEMV_THREADS,
+            x=x, weight=weight, bias=None if bias is None else bias.pointer, out=out, num_outputs=num_outputs, silu_input=int(silu_input),
+        )  # fmt: skip
+
+    def add(self, a: DeviceArray, b: DeviceArray, out: DeviceArray) -> None:
+        """`out = a + b`, all f32; a or b may have a single row, which is then added to every row of the other."""
+        rows = max(a.shape[0], b.shape[0])
+        for array in (a, b):
+            _expect(array, DType.F32, (array.shape[0] if array.shape[0] == 1 else rows, out.shape[1]))
+        _expect(out, DType.F32, (rows, out.shape[1]))
+        self._module.launch("add", launch.ADD, out, a=_broadcast(a), b=_broadcast(b), out=out)
+
+    def convert(self, x: DeviceArray, out: DeviceArray) -> None:
+        """x in out's dtype: f32 to bf16 or bf16 to f32."""
+        if {x.dtype, out.dtype} != {DType.F32, DType.BF16}:
+            raise ValueError(f"convert goes between f32 and bf16, not from {x.dtype} to {out.dtype}")
+        _expect(out, out.dtype, x.shape)
+        self._module.launch(f"convert_{_suffix(x)}_{_suffix(out)}", launch.CONVERT, x, x=x, out=out)
+
+    def _norm(
+        self,
+        name: str,
+        x: DeviceArray,
+        gain: DeviceArray,
+        shift: DeviceArray,
+        out: DeviceArray,
+        out_scale: DeviceArray | None,
+        add_one: bool,
+        eps: float,
+        residual: tuple[DeviceArray | None, DeviceArray | None, DeviceArray | None] = (None, None, None),
+    ) -> None:
+        num_rows, num_columns = x.shape
+        _expect(x, DType.BF16, x.shape)
+        _expect(out, out.dtype, x.shape)
+        if out.dtype is DType.F8_E4M3:
+            if out_scale is None:
+                raise ValueError(f"{name}: fp8 rows need out_scale")
+            _expect(out_scale, DType.F32, (num_rows,))
+        self._module.launch(
+            f"{name}_{_suffix(out)}", launch.NORM, x,
+            x=x, residual=residual[0], residual_out=residual[1], gate=_vector(residual[2], num_columns),
+            gain=_vector(gain, num_columns), shift=_vector(shift, num_columns), out=out,
+            out_scale=None if out_scale is None else out_scale.pointer, one=float(add_one), eps=eps,
+        )  # fmt: skip
+
+
+_SUFFIXES = {DType.BF16: "bf16", DType.F32: "f32", DType.F8_E4M3: "fp8"}
+
+
+def _suffix(array: DeviceArray) -> str:
+    return _SUFFIXES[array.dtype]
+
+
+def _expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:
+    if array.dtype is not dtype or array.shape != shape:
+        raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")
+
+
+def _vector(array: DeviceArray | None, size: int) -> DeviceArray | None:
+    """Check an f32 vector, [size] or [1, size]."""
+    if array is not None and (array.dtype is not DType.F32 or array.shape not in ((size,), (1, size))):
+        raise ValueError(f"expected F32 [{size}], got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def _broadcast(array: DeviceArray) -> DeviceArray:
+    return replace(array, row_stride=0) if array.shape[0] == 1 else array

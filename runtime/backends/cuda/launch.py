@@ -1,0 +1,138 @@
+"""How kernels are called: the argument structs of engines/targets/cuda/kernels.cu, field by field, and the launch itself.
+
+Which kernel computes what, and what its arrays must look like, is said in `runtime.backends.cuda.kernels`.
+"""
+
+import ctypes
+from typing import Any
+
+from runtime.backends.cuda.device import Device, DeviceArray, check
+from runtime.errors import EngineError
+
+ROWS_PER_BLOCK = 2  # kRows and kVectors of engines/targets/cuda/rows.cuh
+VECTORS_PER_THREAD = 2
+COLUMNS_PER_VECTOR = 8
+MAX_COLUMNS = 8192
+
+Argument = DeviceArray | int | float | None
+
+
+class _Rows(ctypes.Structure):
+    """`Rows<T>`: where the first row begins, and how many elements further the next one."""
+
+    _fields_ = (("data", ctypes.c_uint64), ("stride", ctypes.c_int64))
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = (("num_rows", ctypes.c_int32), ("num_columns", ctypes.c_int32))
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
+
+
+_POINTER, _FLOAT, _INT = ctypes.c_uint64, ctypes.c_float, ctypes.c_int32
+NORM = _structure(
+    "NormArguments", tile=_Tile, x=_Rows, residual=_Rows, residual_out=_Rows, gate=_POINTER, gain=_POINTER, shift=_POINTER,
+    out=_Rows, out_scale=_POINTER, one=_FLOAT, eps=_FLOAT,
+)  # fmt: skip
+GATED_RESIDUAL = _structure("GatedResidualArguments", tile=_Tile, x=_Rows, residual=_Rows, gate=_POINTER, out=_Rows)
+ROPE = _structure(
+    "RopeArguments", tile=_Tile, x=_Rows, weight=_POINTER, rope_cos=_POINTER, rope_sin=_POINTER, rope_stride=ctypes.c_int64,
+    out=_Rows, head_dim=_INT, head_inverse=ctypes.c_uint32, eps=_FLOAT, inverse_scale=_FLOAT,
+)  # fmt: skip
+QUANTIZE_ROWS = _structure("QuantizeRowsArguments", tile=_Tile, x=_Rows, out=_Rows, out_scale=_POINTER)
+QUANTIZE_TENSOR = _structure("QuantizeTensorArguments", tile=_Tile, x=_Rows, scale=_POINTER, out=_Rows)
+AMAX = _structure("AmaxArguments", tile=_Tile, x=_Rows, factor=_FLOAT, out=_POINTER)
+CONVERT = _structure("ConvertArguments", tile=_Tile, x=_Rows, out=_Rows)
+ADD = _structure("AddArguments", tile=_Tile, a=_Rows, b=_Rows, out=_Rows)
+GEMV = _structure(
+    "GemvArguments", tile=_Tile, num_outputs=_INT, silu_input=_INT, x=_Rows, weight=_Rows, bias=_POINTER, out=_Rows
+)  # fmt: skip
+
+
+class Module:
+    """A cubin loaded into `device`'s context, where it stays as long as the context.
+
+    Raises:
+        CudaError: the cubin is not for this GPU.
+    """
+
+    def __init__(self, device: Device, cubin: bytes) -> None:
+        from cuda.bindings import driver
+
+        self._device, self._driver = device, driver
+        self._handle = check("cuModuleLoadData", driver.cuModuleLoadData(cubin))
+        self._functions: dict[str, Any] = {}
+
+    def launch(
+        self,
+        name: str,
+        structure: type[ctypes.Structure],
+        rows: DeviceArray,
+        *,
+        aligned: bool = True,
+        period: int = COLUMNS_PER_VECTOR,
+        most: int = MAX_COLUMNS,
+        blocks: int | None = None,
+        threads: int | None = None,
+        **arguments: Argument,
+    ) -> None:
+        """Queue a kernel over the rows of `rows`: by 16-byte accesses if `aligned` and every array in `arguments` allow them.
+
+        Args:
+            rows: the matrix whose extents decide the grid, unless `blocks` and `threads` say otherwise.
+            period: columns after which the kernel's treatment of a row repeats; the fastest kernel needs whole periods per thread step.
+            most: columns one block can hold.
+            arguments: the fields of `structure` but the tile; None is a null pointer.
+
+        Raises:
+            EngineError: too many columns, not a multiple of 8, or no such kernel in the cubin.
+        """
+        num_rows, num_columns = rows.shape
+        if num_columns % COLUMNS_PER_VECTOR or (threads is None and num_columns > most):
+            raise EngineError(
+                f"{name} takes rows of a multiple of {COLUMNS_PER_VECTOR} columns, up to {most}; got {num_columns}"
+            )
+        if num_rows == 0:
+            return
+        packed = structure()
+        packed.tile = _Tile(num_rows, num_columns)
+        for field, kind in structure._fields_[1:]:  # type: ignore[misc]
+            value = arguments[field]
+            if isinstance(value, DeviceArray):
+                aligned = aligned and _is_aligned(value)
+                setattr(packed, field, _Rows(value.pointer, value.row_stride) if kind is _Rows else value.pointer)
+            elif value is not None:
+                setattr(packed, field, value)
+        threads = threads or -(-num_columns // (COLUMNS_PER_VECTOR * VECTORS_PER_THREAD * 32)) * 32
+        blocks = blocks or -(-num_rows // ROWS_PER_BLOCK)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        width = threads * COLUMNS_PER_VECTOR
+        full = num_columns == width * VECTORS_PER_THREAD and width % period == 0
+        function = self._function(f"{name}{'_unaligned' if not aligned else '' if full else '_ragged'}")
+        launch = self._driver.cuLaunchKernel
+        result = launch(function, blocks, 1, 1, threads, 1, 1, 0, self._device.stream, ctypes.addressof(parameters), 0)
+        check(f"cuLaunchKernel({name})", result)
+
+    def _function(self, name: str) -> Any:
+        function = self._functions.get(name)
+        if function is None:
+            result = self._driver.cuModuleGetFunction(self._handle, name.encode())
+            if int(result[0]) == _NOT_FOUND:
+                raise EngineError(
+                    f"no kernel {name} for {self._device.name} ({self._device.arch}); FP8 exists from sm_89 on",
+                    hint="use a bf16 bundle on this GPU",
+                )
+            function = self._functions[name] = check("cuModuleGetFunction", result)
+        return function
+
+
+_NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
+
+
+def _is_aligned(array: DeviceArray) -> bool:
+    """Whether 8 elements of any row can be read at once, 16 bytes each time."""
+    unit = min(16, COLUMNS_PER_VECTOR * array.dtype.itemsize)
+    has_rows = len(array.shape) > 1 and array.shape[0] > 1
+    return array.pointer % unit == 0 and (not has_rows or array.row_stride * array.dtype.itemsize % unit == 0)

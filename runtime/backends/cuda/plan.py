@@ -1,0 +1,66 @@
+"""The engine file of the `cuda` target: the steps of one stage, in order, over named arrays.
+
+Written by `engines.targets.cuda`, executed by `runtime.backends.cuda.engine`. A step names a kernel of the runtime (`Kernels`, `Linear`,
+`Attention`) and the arrays it reads and writes; arrays are the stage's inputs and weights, buffers, and views of either.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from runtime.specs import DType
+
+PLAN_VERSION = 1
+
+
+class StepKind(StrEnum):
+    """What a step calls; its arguments are named in `Step.inputs` and `Step.outputs`."""
+
+    ADD = "add"
+    CONVERT = "convert"
+    GEMV = "gemv"
+    NORM = "norm"
+    RESIDUAL = "residual"
+    RESIDUAL_NORM = "residual_norm"
+    QK_NORM_ROPE = "qk_norm_rope"
+    QUANTIZE_ROWS = "quantize_rows"
+    LINEAR = "linear"
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """An array the stage makes; symbolic extents as in the stage's spec."""
+
+    name: str
+    rows: str  # a symbol or a number
+    columns: int
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Rows (axis 0) or columns (axis 1) `start` to `stop` of another array."""
+
+    name: str
+    source: str
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    kind: StepKind
+    inputs: dict[str, str]  # argument → array
+    outputs: dict[str, str]
+    numbers: dict[str, float]  # epsilon, num_heads, flags as 0 or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    version: int
+    stage: str
+    buffers: tuple[Buffer, ...]
+    views: tuple[View, ...]
+    steps: tuple[Step, ...]
+    outputs: dict[str, str]  # the stage's output → array

@@ -1,0 +1,158 @@
+"""The `cuda` target's transformer against the fp32 module on the CPU: every stage, and whole predictions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.targets.cuda.lower import lower_stage
+from export.graphs import stage_graph
+from export.layouts import transformer_tensors
+from export.modules.transformer import TRANSFORMER_MODULES
+from export.pack import pack_plan, write_weights
+from runtime.component import Component
+from runtime.precision import in_precision
+from runtime.schedulers import Conventions
+from runtime.specs import DType, Precision, StageSpec
+from runtime.stages.transformer import transformer_stages
+from runtime.strict_json import encode
+from runtime.transformer import Transformer
+from runtime.variants import VARIANTS, TransformerArch, Variant
+from runtime.weights import WeightStore
+from tests.gpu.conftest import kernels_for_this_gpu
+from tests.harness import DictSource, open_network, relative_error
+from tests.tolerances import TOLERANCES
+
+pytestmark = pytest.mark.gpu
+
+ARCHS = {
+    "toy": TransformerArch(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64),
+    "narrow": TransformerArch(dim=384, ffn_dim=896, num_heads=3, num_layers=2, text_dim=48, freq_dim=64),
+}
+LATENTS = (16, 3, 10, 14)
+
+
+def random_weights(arch: TransformerArch, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in transformer_tensors(arch).items():
+        noise = torch.randn(shape, generator=generator)
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+        spread = 0.3 if name.endswith("modulation") else fan_in**-0.5 if name.endswith("weight") and len(shape) > 1 else 0.1
+        tensors[name] = noise * spread + float(name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")))
+    return tensors
+
+
+@pytest.fixture(scope="module", params=[Precision.BF16, Precision.FP8])
+def precision(request: pytest.FixtureRequest) -> Precision:
+    chosen: Precision = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module", params=list(ARCHS))
+def networks(
+    request: pytest.FixtureRequest, precision: Precision, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[TransformerArch, Component, Component]]:
+    arch = ARCHS[request.param]
+    variant = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=arch)
+    tensors = random_weights(arch, seed=3)
+    folder = tmp_path_factory.mktemp("networks")
+    with (
+        open_network(variant, "transformer", tensors, folder / "cpu") as cpu,
+        open_cuda(variant, tensors, precision, folder) as gpu,
+    ):
+        yield arch, cpu, gpu
+
+
+@contextmanager
+def open_cuda(variant: Variant, tensors: dict[str, torch.Tensor], precision: Precision, folder: Path) -> Iterator[Component]:
+    """The transformer of a variant on the GPU, with the given weights in the given precision."""
+    from runtime.backends.cuda.engine import CudaBackend
+
+    arch = variant.transformer
+    stages = [in_precision(stage, precision) for stage in transformer_stages(arch)]
+    files = {}
+    for fp32, stage in zip(transformer_stages(arch), stages, strict=True):
+        files[stage.name] = folder / f"{stage.name}.plan.json"
+        files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
+    weights = folder / "weights.safetensors"
+    write_weights(DictSource(tensors), pack_plan(stages, num_blocks=arch.num_layers), weights)
+    with CudaBackend(kernels_for_this_gpu()) as backend:
+        store = WeightStore(weights, stages, backend, num_blocks=arch.num_layers)
+        with Component(backend, stages, files, store) as component:
+            yield component
+
+
+def test_whole_prediction_matches_the_cpu(networks: tuple[TransformerArch, Component, Component], precision: Precision) -> None:
+    arch, cpu, gpu = networks
+    generator = np.random.default_rng(0)
+    latents = generator.standard_normal(LATENTS, np.float32)
+    prompts = [generator.standard_normal((length, arch.text_dim), np.float32) for length in (5, 11)]
+    results = []
+    for component in (cpu, gpu):
+        transformer = Transformer(component, arch, LATENTS, conventions=Conventions.ORIGINAL)
+        encoded = [transformer.encode_text(prompt) for prompt in prompts]
+        results.append(transformer.predict(latents, 731, encoded))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(ours, expected) < TOLERANCES[f"transformer, cuda {precision}"]
+
+
+def test_every_stage_matches_its_fp32_module(
+    networks: tuple[TransformerArch, Component, Component], precision: Precision, record_property: Any
+) -> None:
+    arch, _, gpu = networks
+    for stage in transformer_stages(arch):
+        inputs = {tensor.name: random_input(tensor.shape, seed=i) for i, tensor in enumerate(stage.inputs)}
+        weights = random_weights(arch, seed=3)
+        expected = run_module(stage, arch, weights, inputs)
+        narrow = in_precision(stage, precision)
+        sent = {tensor.name: to_device(gpu, inputs[tensor.name], tensor.dtype) for tensor in narrow.inputs}
+        given = gpu.run(stage.name, sent, block=1)
+        for tensor, theirs in zip(narrow.outputs, expected, strict=True):
+            error = relative_error(to_float(gpu.backend.to_host(given[tensor.name]), tensor.dtype), theirs)
+            record_property(f"{stage.name} {tensor.name} {precision}", error)
+            assert error < TOLERANCES[f"stage, cuda {precision}"], (stage.name, tensor.name, error)
+
+
+def test_same_inputs_give_the_same_bits(networks: tuple[TransformerArch, Component, Component]) -> None:
+    arch, _, gpu = networks
+    latents = np.random.default_rng(1).standard_normal(LATENTS, np.float32)
+    transformer = Transformer(gpu, arch, LATENTS, conventions=Conventions.ORIGINAL)
+    prompt = transformer.encode_text(np.ones((3, arch.text_dim), np.float32))
+    np.testing.assert_array_equal(
+        transformer.predict(latents, 500, [prompt])[0], transformer.predict(latents, 500, [prompt])[0]
+    )
+
+
+def random_input(shape: tuple[Any, ...], *, seed: int, tokens: int = 37) -> torch.Tensor:
+    fixed = [extent if isinstance(extent, int) else tokens for extent in shape]
+    return torch.randn(fixed, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def run_module(
+    stage: StageSpec, arch: TransformerArch, weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+) -> Any:
+    with torch.device("meta"):
+        module = TRANSFORMER_MODULES[stage.name](arch)
+    packed = {tensor.name: tensor for tensor in pack_plan([stage], num_blocks=arch.num_layers)}
+    own = {}
+    for weight in stage.weights:
+        tensor = packed[stage.weight_name(weight.name, 1)]
+        own[weight.name] = torch.cat([weights[name] for name in tensor.sources]).reshape(tensor.shape)
+    outputs = torch.func.functional_call(module, own, tuple(inputs.values()))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def to_device(component: Component, tensor: torch.Tensor, dtype: DType) -> Any:
+    if dtype is DType.BF16:
+        return component.backend.to_device(tensor.bfloat16().view(torch.uint16).numpy(), dtype)
+    return component.backend.to_device(tensor.numpy(), dtype)
+
+
+def to_float(array: Any, dtype: DType) -> Any:
+    return torch.from_numpy(array).view(torch.bfloat16).float().numpy() if dtype is DType.BF16 else array
