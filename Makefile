@@ -39,7 +39,7 @@ format: $(VENV)/.installed-dev  ## sort imports and format
 	$(BIN)/ruff format .
 
 clean:  ## remove what the other targets left, .venv included
-	rm -rf $(VENV) demo demo.mp4 demo.json demo.png build dist wanrt.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo demo.mp4 demo.mp4.json demo.png build dist wanrt.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A stamp is written last, so an interrupted install starts again; it ages when the requirements change.
 $(VENV)/.created:

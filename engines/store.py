@@ -20,6 +20,7 @@ from runtime.bundle_checks import check_path
 from runtime.errors import BuildError, BundleError
 
 log = logging.getLogger(__name__)
+_PLACES = ("engines", "weights")  # folders that belong to the bundle alone
 _PARTIAL = ".partial"
 _BUNDLE_NAMES = {MANIFEST, JOURNAL, "engines", "weights", "tokenizer.json"}
 
@@ -100,9 +101,11 @@ class BundleStore:
         self._begin()
         _write_whole(self.folder / MANIFEST, strict_json.encode(manifest))
         (self.folder / JOURNAL).unlink(missing_ok=True)
-        kept = {artefact.path for artefact in manifest.artefacts()}
-        for path in self._known.keys() - kept:
-            (self.folder / path).unlink(missing_ok=True)
+        kept = {self.folder / artefact.path for artefact in manifest.artefacts()}
+        for place in _PLACES:
+            for file in (self.folder / place).rglob("*"):
+                if file.is_file() and file not in kept:
+                    file.unlink()
         return True
 
     def _begin(self) -> None:

@@ -97,6 +97,16 @@ def build_bundle(request: BuildRequest, *, on_event: Callable[[BuildEvent], None
         return _build(store, request, plans, checkpoint.variant, checkpoint, started, on_event)
 
 
+_ENGINE_SOURCES = (
+    "export",
+    "engines",
+    "runtime/stages",
+    "runtime/specs.py",
+    "runtime/precision.py",
+    "runtime/backends/cuda/plan.py",
+)
+
+
 class _Builder:
     """One build under way: what it is made from, where it goes, what is done."""
 
@@ -122,7 +132,7 @@ class _Builder:
         facts: dict[str, object] = {
             "target": plan.name,
             "tools": versions,
-            "source": _source_hash("export", "engines", "runtime/stages"),
+            "source": _source_hash(*_ENGINE_SOURCES),
         }
         return Target(
             precisions=precisions,

@@ -1,16 +1,18 @@
 """What a bundle holds, whether this machine can run it, and whether its files are what the manifest says."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.backends import RUNTIME_TARGETS
-from runtime.bundle import check_hash, open_bundle
+from runtime.bundle import Manifest, Target, check_hash, open_bundle
+from runtime.stages import network_components
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetInspection:
-    """One target of a bundle. `obstacle` says why this machine cannot run it; None when it can."""
+    """One target of a bundle. `obstacle` says why this machine cannot run it, None when it can; `note` what to know then."""
 
     name: str
     precision: str
@@ -19,6 +21,7 @@ class TargetInspection:
     engine_bytes: int
     tool_versions: dict[str, str]
     obstacle: str | None
+    note: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +45,14 @@ class Inspection:
         ]
         rows += list(self.architecture.items()) + list(self.defaults.items())
         for target in self.targets:
-            state = "runs here" if target.obstacle is None else f"does not run here: {target.obstacle}"
+            state = f"runs here{target.note}" if target.obstacle is None else f"does not run here: {target.obstacle}"
             size = f"{target.num_engines} engines, {target.engine_bytes / 1e6:.2f} MB"
             rows.append((f"target {target.name}", f"{target.precision}, sizes {target.sizes}, {size}; {state}"))
         rows += [("weights", f"{name}  {size / 1e6:.1f} MB") for name, size in self.weight_bytes.items()]
-        rows.append(("can run here", "yes" if self.runs_here else "no"))
+        verdict = (
+            "yes" if self.runs_here else "no target runs here" if self.weight_bytes else "no: it holds engines only, no weights"
+        )
+        rows.append(("can run here", verdict))
         width = max(len(name) for name, _ in rows) + 2
         return [f"{name:<{width}}{value}" for name, value in rows]
 
@@ -69,6 +75,7 @@ def inspect_bundle(folder: Path) -> Inspection:
             engine_bytes=sum(file.bytes for file in target.files()),
             tool_versions=target.tool_versions,
             obstacle=known[name].obstacle() if name in known else "this version of wanrt cannot run it",
+            note=_memory_note(manifest, target),
         )
         for name, target in manifest.targets.items()
     )
@@ -95,6 +102,24 @@ def inspect_bundle(folder: Path) -> Inspection:
         weight_bytes=weights,
         runs_here=bool(weights) and any(target.obstacle is None for target in targets),
     )
+
+
+def _memory_note(manifest: Manifest, target: Target) -> str:
+    """A warning when one network's weights alone exceed the machine's memory; empty otherwise, or where it is not known."""
+    sizes = [
+        files[component].file.bytes
+        for network, precision in target.precisions.items()
+        if (files := manifest.weights.get(precision)) is not None
+        for component in network_components(manifest.variant, network)
+        if component in files
+    ]
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return ""
+    if max(sizes, default=0) <= memory:
+        return ""
+    return f", but slowly: {max(sizes) / 1e9:.1f} GB of weights do not fit its memory of {memory / 1e9:.1f} GB"
 
 
 def verify_bundle(folder: Path, *, on_file: Callable[[str], None] = lambda _: None) -> None:

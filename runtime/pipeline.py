@@ -153,14 +153,15 @@ class VideoPipeline:
                 experts=list(zip(variant.experts, job.guidance, strict=True)),
                 open_expert=open_expert,
                 prompt_embeds=prompts[0],
-                negative_embeds=prompts[-1],
+                negative_embeds=prompts[1] if len(prompts) > 1 else None,
                 on_step=on_step,
                 cancelled=cancelled,
             )
 
     def _decode(self, job: ResolvedRequest, latents: Float32, clock: StageClock) -> Iterator[Frames]:
         arch = self.bundle.manifest.variant.vae
-        with clock.stage("vae"), self._opener.network("vae") as (component, _):
+        with self._opener.network("vae") as (component, _):
             chunks = decode_tiled(component, latents, arch, job.tile) if job.tile else decode_stream(component, latents, arch)
-            for chunk in chunks:
-                yield to_uint8(chunk)
+            for frames in clock.each("vae", map(to_uint8, chunks)):
+                with clock.stage("video"):  # what the caller does with them
+                    yield frames

@@ -6,17 +6,19 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from runtime.opening import Opener
 from runtime.request import ResolvedRequest
 from runtime.version import VERSION
 
+T = TypeVar("T")
+_END = object()
 _DISTRIBUTIONS = ("numpy", "onnxruntime", "tokenizers", "av", "ftfy")
 
 
@@ -34,6 +36,16 @@ class StageClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, the time spent on making each added to `name`."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                item = next(iterator, _END)
+            if item is _END:
+                return
+            yield cast(T, item)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

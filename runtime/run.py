@@ -52,7 +52,7 @@ def run_to_file(
         CancelledError: `cancelled` said so.
     """
     job = pipeline.resolve(request.generate)
-    report_file = request.out.with_suffix(".json")
+    report_file = request.out.with_name(request.out.name + ".json")  # not clip.json: that could be anybody's
     check_outputs(request, report_file)
     save = request.save_latents
     metadata = json.dumps({"bundle_sha256": pipeline.bundle.sha256, **request_facts(job)}, ensure_ascii=False)

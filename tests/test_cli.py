@@ -90,13 +90,13 @@ def test_a_request_that_cannot_be_met_is_refused_before_any_work(
         ("full/file/video.npy", "does not exist"),
         ("video.avi", "unknown kind of video"),
         ("taken.npy", "is a folder"),
-        ("reported.npy", r"reported\.json: is a folder; the report would go there"),
+        ("reported.npy", r"reported\.npy\.json: is a folder; the report would go there"),
     ],
 )
 def test_a_place_that_cannot_take_the_video_is_refused(
     refuses: Refuses, bundle: Path, tmp_path: Path, out: str, message: str
 ) -> None:
-    for folder in ("full", "taken.npy", "reported.json"):
+    for folder in ("full", "taken.npy", "reported.npy.json"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "file").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -121,11 +121,11 @@ def test_json_is_the_only_thing_printed_and_says_how_to_make_the_video_again(
     out, err = wanrt("run", bundle, *RUN, "--json", "--out", tmp_path / "a.npy", "--save-latents", tmp_path / "latents.npy")
     assert err == ""
     report = json.loads(out)["report"]
-    assert report == json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert report == json.loads((tmp_path / "a.npy.json").read_text(encoding="utf-8"))
     assert (report["request"]["prompt"], report["request"]["seed"]) == ("a cat runs", 1)
     assert np.load(tmp_path / "latents.npy").shape == (16, 1, 2, 2)
     assert np.load(tmp_path / "a.npy").shape == (1, 16, 16, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npy", "latents.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.json", "latents.npy"]
 
 
 def test_the_path_alone_goes_to_stdout(wanrt: Wanrt, bundle: Path, tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_the_path_alone_goes_to_stdout(wanrt: Wanrt, bundle: Path, tmp_path: Pat
 
 def test_an_empty_prompt_is_a_prompt(wanrt: Wanrt, bundle: Path, tmp_path: Path) -> None:
     wanrt("run", bundle, *RUN, "--prompt", "", "--negative-prompt", "", "--out", tmp_path / "a.npy")
-    assert json.loads((tmp_path / "a.json").read_text())["request"]["prompt"] == ""
+    assert json.loads((tmp_path / "a.npy.json").read_text())["request"]["prompt"] == ""
 
 
 def test_a_prompt_of_5000_words_is_cut_and_says_so(
     wanrt: Wanrt, bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanrt("run", bundle, *RUN, "--prompt", "cat " * 5000, "--out", tmp_path / "a.npy")
-    (warning,) = json.loads((tmp_path / "a.json").read_text())["warnings"]
+    (warning,) = json.loads((tmp_path / "a.npy.json").read_text())["warnings"]
     assert "the prompt has 5001 tokens, the model reads 512" in warning
     assert warning in caplog.messages
 
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_nothing(refuses: Refuses, bundle: Path, tmp_path: Pa
 
 def test_a_disk_too_full_for_the_report_keeps_the_whole_video(refuses: Refuses, bundle: Path, tmp_path: Path) -> None:
     with file_size_limit(900):  # 128 + 16 · 16 · 3 bytes of video
-        refuses("run", bundle, *RUN, "--out", tmp_path / "a.npy", code=2, message=r"a\.json: could not be written")
+        refuses("run", bundle, *RUN, "--out", tmp_path / "a.npy", code=2, message=r"a\.npy\.json: could not be written")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
     assert np.load(tmp_path / "a.npy").shape == (1, 16, 16, 3)
 
@@ -262,7 +262,7 @@ def test_a_process_without_any_stream_makes_its_video(bundle: Path, tmp_path: Pa
     done = shell('"$@" <&- >&- 2>&-', "run", bundle, *RUN, "--out", tmp_path / "a.npy")
     assert done.returncode == 0
     assert np.load(tmp_path / "a.npy").shape == (1, 16, 16, 3)
-    assert "warnings" in json.loads((tmp_path / "a.json").read_text())
+    assert "warnings" in json.loads((tmp_path / "a.npy.json").read_text())
 
 
 def test_a_file_name_that_is_not_utf8_is_a_file_name(bundle: Path, tmp_path: Path) -> None:
