@@ -70,7 +70,14 @@ def networks(
 
 
 @contextmanager
-def open_cuda(variant: Variant, tensors: dict[str, torch.Tensor], precision: Precision, folder: Path) -> Iterator[Component]:
+def open_cuda(
+    variant: Variant,
+    tensors: dict[str, torch.Tensor],
+    precision: Precision,
+    folder: Path,
+    *,
+    attention: Precision = Precision.BF16,
+) -> Iterator[Component]:
     """The transformer of a variant on the GPU, with the given weights in the given precision."""
     from runtime.backends.cuda.engine import CudaBackend
 
@@ -82,7 +89,7 @@ def open_cuda(variant: Variant, tensors: dict[str, torch.Tensor], precision: Pre
         files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
     weights = folder / "weights.safetensors"
     write_weights(DictSource(tensors), pack_plan(stages, num_blocks=arch.num_layers), weights)
-    with CudaBackend(kernels_for_this_gpu()) as backend:
+    with CudaBackend(kernels_for_this_gpu(), attention=attention) as backend:
         store = WeightStore(weights, stages, backend, num_blocks=arch.num_layers)
         with Component(backend, stages, files, store) as component:
             yield component
@@ -117,6 +124,20 @@ def test_every_stage_matches_its_fp32_module(
             error = relative_error(to_float(gpu.backend.to_host(given[tensor.name]), tensor.dtype), theirs)
             record_property(f"{stage.name} {tensor.name} {precision}", error)
             assert error < TOLERANCES[f"stage, cuda {precision}"], (stage.name, tensor.name, error)
+
+
+def test_fp8_attention_stays_near_bf16_attention(tmp_path: Path) -> None:
+    arch = ARCHS["toy"]
+    variant = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=arch)
+    tensors = random_weights(arch, seed=3)
+    latents = np.random.default_rng(2).standard_normal(LATENTS, np.float32)
+    results = []
+    for attention in (Precision.BF16, Precision.FP8):
+        with open_cuda(variant, tensors, Precision.FP8, tmp_path, attention=attention) as gpu:
+            transformer = Transformer(gpu, arch, LATENTS, conventions=Conventions.ORIGINAL)
+            prompt = transformer.encode_text(np.ones((3, arch.text_dim), np.float32))
+            results.append(transformer.predict(latents, 500, [prompt])[0])
+    assert 0 < relative_error(results[1], results[0]) < TOLERANCES["transformer, cuda fp8"]
 
 
 def test_same_inputs_give_the_same_bits(networks: tuple[TransformerArch, Component, Component]) -> None:

@@ -249,6 +249,27 @@ template <Access kAccess> __device__ void quantize_tensor_rows(const QuantizeTen
     store_rows<kAccess>(a.tile, a.out, value);
 }
 
+struct DequantizeTensorArguments {
+    Tile tile;
+    Rows<fp8> x;
+    const float* scale;
+    Rows<bf16> out;
+};
+
+#if __CUDA_ARCH__ >= 890
+template <Access kAccess> __device__ void dequantize_tensor_rows(const DequantizeTensorArguments& a) {
+    const float scale = *a.scale;
+    for (int i = 0; i < kRows * kVectors; ++i) {
+        if (!a.tile.has_row(i / kVectors) || !has_column<kAccess>(a.tile, i % kVectors)) continue;
+        float value[8];
+        load<kAccess>(a.x.at(a.tile.row(i / kVectors), a.tile.column(i % kVectors)), value);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) value[j] *= scale;
+        store<kAccess>(a.out.at(a.tile.row(i / kVectors), a.tile.column(i % kVectors)), value);
+    }
+}
+#endif
+
 struct AmaxArguments {
     Tile tile;
     Rows<bf16> x;
@@ -384,4 +405,5 @@ KERNEL(residual_norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, true, true
 KERNEL(qk_norm_rope_fp8, 512, RopeArguments<fp8>, qk_norm_rope_rows<kAccess>)
 KERNEL(quantize_rows, 1024, QuantizeRowsArguments, quantize_rows_rows<kAccess>)
 KERNEL(quantize_tensor, 512, QuantizeTensorArguments, quantize_tensor_rows<kAccess>)
+KERNEL(dequantize_tensor, 512, DequantizeTensorArguments, dequantize_tensor_rows<kAccess>)
 #endif

@@ -112,6 +112,25 @@ template <Access kAccess> __device__ void store(fp8* target, const float (&value
         for (int i = 0; i < 8; ++i) target[i].bits = u8(half[i / 2] >> 8 * (i % 2));
     }
 }
+
+template <Access kAccess> __device__ void load(const fp8* source, float (&value)[8]) {
+    u8 byte[8];
+    if constexpr (kAccess != kUnaligned) {
+        const uint2 packed = *reinterpret_cast<const uint2*>(source);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) byte[i] = u8((i < 4 ? packed.x : packed.y) >> 8 * (i % 4));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) byte[i] = source[i].bits;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        u32 halves;
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(u16(byte[2 * i] | byte[2 * i + 1] << 8)));
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+            : "=f"(value[2 * i]), "=f"(value[2 * i + 1]) : "r"(halves));
+    }
+}
 #endif
 
 // Where block_sum leaves total `index` of `count`: its bits in reverse order.

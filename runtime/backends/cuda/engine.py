@@ -15,6 +15,7 @@ from runtime.backends.cuda.kernels import Kernels
 from runtime.backends.cuda.linear import Linear
 from runtime.backends.cuda.plan import PLAN_VERSION, Plan, Step, StepKind, View
 from runtime.errors import EngineError
+from runtime.precision import FP8_MAX
 from runtime.specs import DType, Precision, StageSpec, TensorSpec, match_shapes
 
 _REBUILD = "rebuild the bundle with `wanrt build-engines --target cuda`"
@@ -147,10 +148,23 @@ class CudaBackend:
 
     def _attend(self, query: DeviceArray, key: DeviceArray, value: DeviceArray, out: DeviceArray, *, num_heads: int) -> None:
         # fp8 pays for long sequences; cross-attention's 512 keys are not worth the quantisation
-        if self._fp8_attention and query.shape == key.shape:
-            self._attention.run_fp8(query, key, value, out, num_heads=num_heads, kernels=self._kernels)
-        else:
+        if not self._fp8_attention or query.shape != key.shape:
             self._attention.run(query, key, value, out, num_heads=num_heads)
+            return
+        (narrow_query, query_scale), (narrow_key, key_scale), (narrow_value, value_scale) = (
+            self._quantised(array) for array in (query, key, value)
+        )
+        narrow_out = self.device.empty(out.shape, DType.F8_E4M3)  # in units of the value's scale
+        self._attention.run(
+            narrow_query, narrow_key, narrow_value, narrow_out, num_heads=num_heads, descale_q=query_scale, descale_k=key_scale
+        )
+        self._kernels.dequantize_tensor(narrow_out, value_scale, out)
+
+    def _quantised(self, array: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
+        scale = self._kernels.amax(array, divide_by=FP8_MAX)
+        narrow = self.device.empty(array.shape, DType.F8_E4M3)
+        self._kernels.quantize_tensor(array, scale, narrow)
+        return narrow, scale
 
 
 _FLAGS = frozenset(("add_one", "gelu", "silu_input"))

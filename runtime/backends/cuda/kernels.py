@@ -138,6 +138,13 @@ class Kernels:
         _expect(scale, DType.F32, (1,))
         self._module.launch("quantize_tensor", launch.QUANTIZE_TENSOR, x, x=x, scale=scale.pointer, out=out)
 
+    def dequantize_tensor(self, x: DeviceArray, scale: DeviceArray, out: DeviceArray) -> None:
+        """fp8 x times the one scale that `scale`, f32 [1] on the device, holds, in bf16."""
+        _expect(x, DType.F8_E4M3, x.shape)
+        _expect(out, DType.BF16, x.shape)
+        _expect(scale, DType.F32, (1,))
+        self._module.launch("dequantize_tensor", launch.DEQUANTIZE_TENSOR, x, x=x, scale=scale.pointer, out=out)
+
     def gemv(
         self,
         x: DeviceArray,

@@ -43,6 +43,7 @@ ROPE = _structure(
 )  # fmt: skip
 QUANTIZE_ROWS = _structure("QuantizeRowsArguments", tile=_Tile, x=_Rows, out=_Rows, out_scale=_POINTER)
 QUANTIZE_TENSOR = _structure("QuantizeTensorArguments", tile=_Tile, x=_Rows, scale=_POINTER, out=_Rows)
+DEQUANTIZE_TENSOR = _structure("DequantizeTensorArguments", tile=_Tile, x=_Rows, scale=_POINTER, out=_Rows)
 AMAX = _structure("AmaxArguments", tile=_Tile, x=_Rows, factor=_FLOAT, out=_POINTER)
 CONVERT = _structure("ConvertArguments", tile=_Tile, x=_Rows, out=_Rows)
 ADD = _structure("AddArguments", tile=_Tile, a=_Rows, b=_Rows, out=_Rows)
