@@ -72,6 +72,7 @@ class Result:
     peak_memory_gib: float
     tflop: float
     share_of_bf16_peak: float
+    output_std: float  # of the last forward; everything in it was finite
 
 
 def forward_tflop(arch: TransformerArch, tokens: int) -> float:
@@ -94,6 +95,7 @@ class RandomWeights:
             name = stage.weight_name(weight.name, block)
             if name not in self._tensors:
                 self._tensors[name] = self._draw(weight.name, weight.shape, weight.dtype)
+                torch.cuda.synchronize()  # drawn on torch's stream, read on the backend's
             tensor = self._tensors[name]
             stride = tensor[0].numel() if tensor.ndim else 1
             given[weight.name] = DeviceArray(tensor.data_ptr(), tuple(tensor.shape), weight.dtype, stride, None)
@@ -125,7 +127,7 @@ def open_ours(folder: Path, case: Case, attention: Precision) -> Iterator[tuple[
     with CudaBackend(kernels, attention=attention) as backend, Component(backend, stages, files, RandomWeights()) as component:
         transformer = Transformer(component, arch, shape, conventions=Conventions.ORIGINAL)
         prompt = transformer.encode_text(rng.standard_normal((PROMPT_TOKENS, arch.text_dim), np.float32))
-        yield lambda: transformer.predict(latents, 731, [prompt]), backend
+        yield lambda: transformer.predict(latents, 731, [prompt])[0], backend
 
 
 @contextmanager
@@ -156,9 +158,8 @@ def open_diffusers(arch: TransformerArch, case: Case, *, compiled: bool) -> Iter
     prompt = torch.randn(1, arch.text_len, arch.text_dim, device="cuda", dtype=torch.bfloat16)
     timestep = torch.tensor([731], device="cuda")
 
-    def forward() -> None:
-        network(latents, timestep, prompt, return_dict=False)
-        torch.cuda.synchronize()
+    def forward() -> Any:  # the copy to the host waits for the GPU, as the other peer's does
+        return network(latents, timestep, prompt, return_dict=False)[0].float().cpu().numpy()
 
     with torch.no_grad():
         yield forward
@@ -175,11 +176,15 @@ def measure(
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
         started = time.perf_counter()
-        forward()
+        output = forward()
         times.append(time.perf_counter() - started)
     frames, rows, columns = token_grid(latent_shape(case.size, vae=VaeArch()), arch)
     tokens = frames * rows * columns
     median, tflop = statistics.median(times), forward_tflop(arch, tokens)
+    if not np.isfinite(output).all() or not output.std() > 0:
+        raise RuntimeError(
+            "the output is constant or not finite: such data runs faster than real data, so its time means nothing"
+        )
     result = Result(
         case=case.name,
         peer=peer,
@@ -193,10 +198,11 @@ def measure(
         peak_memory_gib=peak(),
         tflop=tflop,
         share_of_bf16_peak=tflop / median / PEAK_TFLOPS["bf16"],
+        output_std=float(output.std()),
     )
     print(
         f"{result.case:<10} {result.peer:<34} {median:7.3f} s ({min(times):.3f}-{max(times):.3f}, {len(times)} runs, first {first:.1f}) "
-        f"{tflop / median:6.0f} TFLOP/s {result.peak_memory_gib:6.1f} GiB",
+        f"{tflop / median:6.0f} TFLOP/s {result.peak_memory_gib:6.1f} GiB, output std {result.output_std:.2f}",
         flush=True,
     )
     return result

@@ -319,6 +319,6 @@ def _source_hash(*places: str) -> str:
     root = Path(__file__).resolve().parent.parent
     files = [file for place in places for file in ([root / place] if (root / place).is_file() else (root / place).rglob("*.*"))]
     digest = hashlib.sha256()
-    for file in sorted(file for file in files if file.suffix in (".py", ".cu")):
+    for file in sorted(file for file in files if file.suffix in (".py", ".cu", ".cuh")):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

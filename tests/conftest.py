@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from diffusers import WanPipeline
 
 import cli
 from export.build import BuildRequest, build_bundle
-from tests.toys import NARROW_TOY, TOY, make_diffusers_checkpoint, make_original_checkpoint
 
 RUN = ("--prompt", "a cat runs", "--size", "16x16", "--frames", "1", "--steps", "2", "--seed", "1", "--threads", "1")
 """The smallest run of a toy with two experts."""
@@ -30,6 +28,8 @@ class Toy:
 
     def oracle(self) -> Any:
         """diffusers' own pipeline over the same weights."""
+        from diffusers import WanPipeline
+
         pipeline = WanPipeline.from_pretrained(self.folder)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -37,6 +37,11 @@ class Toy:
 
 def make_toy(folder: Path, **options: Any) -> Toy:
     """Write a toy's checkpoints and build their bundles; options are those of `make_diffusers_checkpoint`."""
+    from tests.toys import (
+        make_diffusers_checkpoint,
+        make_original_checkpoint,
+    )  # diffusers is not there on every machine with a GPU
+
     make_diffusers_checkpoint(folder / "diffusers", **options)
     options.pop("scheduler", None), options.pop("flow_shift", None)
     make_original_checkpoint(folder / "original", **options)
@@ -48,11 +53,15 @@ def make_toy(folder: Path, **options: Any) -> Toy:
 
 @pytest.fixture(scope="session")
 def one_expert(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    from tests.toys import TOY
+
     return make_toy(tmp_path_factory.mktemp("one"), config=TOY, seed=1, scheduler="unipc", flow_shift=3.0)
 
 
 @pytest.fixture(scope="session")
 def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    from tests.toys import NARROW_TOY
+
     return make_toy(tmp_path_factory.mktemp("two"), config=NARROW_TOY, seed=2, experts=2, scheduler="unipc", flow_shift=5.0)
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import re
-from pathlib import Path
 
 import pytest
 
@@ -60,13 +59,15 @@ def test_an_architecture_unknown_to_nvrtc_is_a_build_error() -> None:
         compile_kernels("sm_999")
 
 
-def source(path: Path) -> str:
-    return re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+def cuda_source() -> str:
+    """All of the CUDA text without comments."""
+    files = sorted(SOURCE.parent.glob("*.cu*"))
+    return "".join(re.sub(r"//.*", "", path.read_text(encoding="utf-8")) for path in files)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 def test_argument_structs_have_the_same_fields_in_python_and_cuda(structure: type[ctypes.Structure]) -> None:
-    found = re.search(rf"struct {structure.__name__} {{(.*?)}};", source(SOURCE), re.DOTALL)
+    found = re.search(rf"struct {structure.__name__} {{(.*?)}};", cuda_source(), re.DOTALL)
     assert found is not None
     kinds = {"Tile": "_Tile", "i64": "c_long", "float": "c_float", "int": "c_int", "u32": "c_uint"}
     expected = []
@@ -88,5 +89,4 @@ def test_argument_structs_have_the_same_fields_in_python_and_cuda(structure: typ
     ],
 )
 def test_grids_are_sized_by_the_kernels_own_constants(constant: str, value: int) -> None:
-    text = source(SOURCE) + source(SOURCE.with_name("rows.cuh"))
-    assert re.findall(rf"constexpr int {constant} = (\d+);", text) == [str(value)]
+    assert re.findall(rf"constexpr int {constant} = (\d+);", cuda_source()) == [str(value)]

@@ -4,7 +4,7 @@ TOLERANCES = {
     # relative error of one stage or one whole network in fp32 against the oracle; measured at most 1.2e-6
     "stage, fp32": 1e-5,
     # relative error of one stage, and of a whole prediction of a toy transformer, on the GPU against the fp32 module;
-    # bf16 inputs are the same on both sides
+    # bf16 inputs are the same on both sides. Bounds: the tests passed on one H200, their largest error was not recorded
     "stage, cuda bf16": 1e-2,
     "stage, cuda fp8": 6e-2,
     "transformer, cuda bf16": 2e-2,

@@ -12,7 +12,7 @@ using i64 = long long;
 struct bf16 { u16 bits; };
 struct fp8 { u8 bits; };  // E4M3
 
-constexpr int kRows = 2;         // runtime/backends/cuda/kernels.py sizes its grids by these two
+constexpr int kRows = 2;         // runtime/backends/cuda/launch.py sizes its grids by these two
 constexpr int kVectors = 2;
 constexpr int kMaxWarps = 32;
 constexpr float kFp8Max = 448.0f;

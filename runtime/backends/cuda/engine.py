@@ -99,7 +99,7 @@ class CudaBackend:
         self._run: dict[StepKind, Callable[..., None]] = {
             StepKind.ADD: self._kernels.add,
             StepKind.CONVERT: self._kernels.convert,
-            StepKind.GEMV: self._kernels.gemv,
+            StepKind.GEMV: self._gemv,
             StepKind.NORM: self._kernels.norm,
             StepKind.RESIDUAL: self._kernels.gated_residual,
             StepKind.RESIDUAL_NORM: self._kernels.residual_norm,
@@ -159,6 +159,10 @@ class CudaBackend:
             narrow_query, narrow_key, narrow_value, narrow_out, num_heads=num_heads, descale_q=query_scale, descale_k=key_scale
         )
         self._kernels.dequantize_tensor(narrow_out, value_scale, out)
+
+    def _gemv(self, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, out: DeviceArray, *, silu_input: bool) -> None:
+        # a plan may declare one row of outputs as several, as the six rows of modulation
+        self._kernels.gemv(x, weight, bias, out=out.reshape(x.shape[0], weight.shape[0]), silu_input=silu_input)
 
     def _quantised(self, array: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
         scale = self._kernels.amax(array, divide_by=FP8_MAX)

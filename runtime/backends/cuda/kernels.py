@@ -11,7 +11,7 @@ from runtime.backends.cuda import launch
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.specs import DType
 
-GEMV_ROWS = 4  # kGemvRows and kGemvOutputs of engines/targets/cuda/kernels.cu
+GEMV_ROWS = 4  # kGemvRows and kGemvOutputs of engines/targets/cuda/small.cuh
 GEMV_OUTPUTS_PER_WARP = 4
 GEMV_THREADS = 256
 MAX_QUANTIZED_COLUMNS = 16384

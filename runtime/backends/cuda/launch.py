@@ -1,4 +1,4 @@
-"""How kernels are called: the argument structs of engines/targets/cuda/kernels.cu, field by field, and the launch itself.
+"""How kernels are called: the argument structs of engines/targets/cuda, field by field, and the launch itself.
 
 Which kernel computes what, and what its arrays must look like, is said in `runtime.backends.cuda.kernels`.
 """
