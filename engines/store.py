@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from runtime import strict_json
-from runtime.bundle import JOURNAL, MANIFEST, Artefact, Manifest, WeightFile, parse_manifest
+from runtime.bundle import JOURNAL, MANIFEST, parse_manifest
 from runtime.bundle_checks import check_path
 from runtime.errors import BuildError, BundleError
+from runtime.manifest import Artefact, Manifest, WeightFile
 
 log = logging.getLogger(__name__)
 _PLACES = ("engines", "weights")  # folders that belong to the bundle alone

@@ -6,14 +6,11 @@ Checked before anything is opened, allocated or computed from them; `runtime.bun
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
+from runtime.manifest import Manifest
 from runtime.schedulers import SchedulerName
 from runtime.stages import NETWORKS
 from runtime.variants import TextEncoderArch, TransformerArch, VaeArch, Variant
-
-if TYPE_CHECKING:
-    from runtime.bundle import Manifest
 
 Refuse = Callable[[str], Exception]
 """Makes the exception to raise from a message."""
@@ -25,7 +22,7 @@ _MAX_FPS = 1000
 _MAX_STATISTIC = 1e6
 
 
-def check_manifest(manifest: "Manifest", refuse: Refuse) -> None:
+def check_manifest(manifest: Manifest, refuse: Refuse) -> None:
     """Check everything that can be wrong in a manifest of the right types.
 
     Raises:
@@ -58,7 +55,7 @@ def check_path(path: str, refuse: Refuse) -> None:
         raise refuse(f"path {path!r} leaves the bundle's folder")
 
 
-def _texts(manifest: "Manifest") -> Iterator[str]:
+def _texts(manifest: Manifest) -> Iterator[str]:
     """Names that are shown to people: a control character in one could rewrite a terminal."""
     yield from (manifest.variant.name, manifest.wanrt_version, *manifest.targets, *manifest.weights)
     yield from (expert.component for expert in manifest.variant.experts)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.backends import RUNTIME_TARGETS
-from runtime.bundle import Manifest, Target, check_hash, open_bundle
+from runtime.bundle import check_hash, open_bundle
+from runtime.manifest import Manifest, Target
 from runtime.stages import network_components
 
 

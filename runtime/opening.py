@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.backends import RUNTIME_TARGETS, BackendOptions, RuntimeTarget
-from runtime.bundle import Artefact, Bundle, Target, check_hash
+from runtime.bundle import Bundle, check_hash
 from runtime.component import Component
 from runtime.errors import BundleError, EngineError, RequestError
+from runtime.manifest import Artefact, Target
 from runtime.precision import in_precision
 from runtime.stages import NETWORKS, network_blocks, network_components, network_stages
 from runtime.weights import WeightStore

@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from runtime.bundle import Manifest
 from runtime.denoise import Guidance
 from runtime.errors import RequestError
 from runtime.geometry import Float32, SizeRange, VideoSize, check_size, latent_shape
+from runtime.manifest import Manifest
 from runtime.schedulers import Conventions, SchedulerName, SolverSettings
 from runtime.tiling import TileSpec
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import Manifest, open_bundle
+from runtime.bundle import open_bundle
 from runtime.errors import RequestError
 from runtime.geometry import SizeRange, VideoSize
+from runtime.manifest import Manifest
 from runtime.request import GenerateRequest, resolve_request
 from runtime.run import load_latents
 from runtime.schedulers import Conventions, SchedulerName
