@@ -304,3 +304,14 @@ def test_packing_200_megabytes_takes_the_memory_of_a_few_tensors(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert file.stat().st_size > 200e6
     assert int(done.stdout) < 40e6  # four tensors of 10 MB; measured 0-11 MB
+
+
+@pytest.mark.slow
+def test_engines_of_the_two_14b_experts_build_small_and_without_their_weights(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "cli.py"), "build-engines", "--engines-only", "--variant", "wan2.2-t2v-a14b"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "bundle"), "--json"], capture_output=True, text=True, check=True)
+    summary = json.loads(done.stdout)
+    assert summary["engine_bytes"] < 20e6
+    assert summary["weight_bytes"] == 0
+    if summary["peak_memory_bytes"] is not None:
+        assert summary["peak_memory_bytes"] < 4 << 30
