@@ -49,7 +49,7 @@ def build_bundle(request: BuildRequest, *, on_event: Callable[[BuildEvent], None
         BuildError: a target refused, or the bundle could not be written.
     """
     started = time.perf_counter()
-    plans = [_target_plan(name, request) for name in request.targets]
+    plans = _target_plans(request)
     if request.checkpoint is None:
         variant = _engines_only_variant(request.variant)
         with BundleStore(request.out) as store:
@@ -123,22 +123,31 @@ def _sampling(checkpoint: "Checkpoint | None") -> tuple[Conventions, DiffusersSc
         raise ExportError(error.message, hint=error.hint) from error
 
 
-def _target_plan(name: str, request: BuildRequest) -> TargetPlan:
-    if name not in TARGETS:
-        raise RequestError(f"target {name!r}: there is {', '.join(TARGETS)}", hint="choose one of them with --target")
-    plan, precision = TARGETS[name], request.precision
-    if precision is not None and precision not in plan.precisions:
+def _target_plans(request: BuildRequest) -> list[TargetPlan]:
+    """The targets asked for; a precision or architecture must be one that at least one of them has, the others keep their own."""
+    if unknown := [name for name in request.targets if name not in TARGETS]:
+        raise RequestError(f"target {unknown[0]!r}: there is {', '.join(TARGETS)}", hint="choose one of them with --target")
+    plans = [TARGETS[name] for name in request.targets]
+    precisions = dict.fromkeys(precision for plan in plans for precision in plan.precisions)
+    if request.precision is not None and request.precision not in precisions:
         raise RequestError(
-            f"precision {precision}: target {name} has {', '.join(plan.precisions)}",
+            f"precision {request.precision}: target {', '.join(request.targets)} has {', '.join(precisions)}",
             hint="leave --precision out for the default",
         )
-    if unknown := [architecture for architecture in request.architectures if architecture not in plan.architectures]:
-        possible = ", ".join(plan.architectures) or "none: it compiles no kernels"
-        raise RequestError(f"architecture {unknown[0]}: target {name} has {possible}", hint="leave --arch out for all")
-    return plan
+    known = dict.fromkeys(architecture for plan in plans for architecture in plan.architectures)
+    if unknown := [architecture for architecture in request.architectures if architecture not in known]:
+        possible = ", ".join(known) or "none: it compiles no kernels"
+        raise RequestError(
+            f"architecture {unknown[0]}: target {', '.join(request.targets)} has {possible}", hint="leave --arch out for all"
+        )
+    return plans
 
 
 def _engines_only_variant(name: str | None) -> Variant:
+    if name is None:
+        raise RequestError(
+            f"no variant named; there is {', '.join(VARIANTS)}", hint="without a checkpoint, name one with --variant"
+        )
     if name not in VARIANTS:
         raise RequestError(f"variant {name!r}: there is {', '.join(VARIANTS)}", hint="name one with --variant")
     return VARIANTS[name]

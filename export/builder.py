@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from engines.plan import TargetPlan, architectures, network_precisions
 from engines.store import BundleStore, content_key
+from runtime.errors import BuildError
 from runtime.geometry import SizeRange
 from runtime.manifest import Artefact, Target, WeightFile
 from runtime.precision import in_precision
@@ -90,7 +91,7 @@ class Builder:
     def target(self, plan: TargetPlan) -> Target:
         """Every stage's engine of one target, and its kernels."""
         precisions = network_precisions(plan, self._request.precision)
-        versions = {name: metadata.version(name) for name in plan.tools}
+        versions = {name: _tool_version(name, plan) for name in plan.tools}
         facts: dict[str, object] = {
             "target": plan.name,
             "tools": versions,
@@ -185,6 +186,16 @@ class Builder:
             )
         )
         return made
+
+
+def _tool_version(name: str, plan: TargetPlan) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError as exc:
+        raise BuildError(
+            f"target {plan.name} is built with {name}, which is not installed",
+            hint=f'`pip install "wanrt[{plan.name},export]"`',
+        ) from exc
 
 
 def _source_hash(*places: str) -> str:

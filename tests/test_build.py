@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_a_folder_of_other_things_is_left_alone(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--engines-only",), 2, "variant None: there is wan2.1"),
+        (("--engines-only",), 2, "no variant named; there is wan2.1"),
         (("--engines-only", "--variant", "wan9"), 2, "variant 'wan9': there is wan2.1"),
         (("CHECKPOINT", "--engines-only", "--variant", "wan2.1-t2v-1.3b"), 2, "takes no checkpoint"),
         ((), 2, "no checkpoint given"),
@@ -315,3 +316,16 @@ def test_engines_of_the_two_14b_experts_build_small_and_without_their_weights(tm
     assert summary["weight_bytes"] == 0
     if summary["peak_memory_bytes"] is not None:
         assert summary["peak_memory_bytes"] < 4 << 30
+
+
+def test_a_target_whose_tools_are_missing_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
+) -> None:
+    def not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    arguments = ("build-engines", "--engines-only", "--variant", "wan2.1-t2v-1.3b", "--target", "cuda")
+    refuses(
+        *arguments, "--out", tmp_path / "bundle", code=4, message=r"target cuda is built with torch, which is not installed"
+    )
