@@ -88,6 +88,10 @@ def test_a_whole_run_loads_neither_torch_nor_onnx_nor_transformers(tmp_path: Pat
     assert not running & EXPORT_HALF
 
 
+# Distributions of packages that may not be installed here and are called otherwise.
+DISTRIBUTIONS = {"cuda": ["cuda-bindings"], "cudnn": ["nvidia-cudnn-frontend"], "nvmath": ["nvmath-python"]}
+
+
 def test_what_the_runtime_imports_is_declared_in_the_base_or_a_target_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -95,7 +99,7 @@ def test_what_the_runtime_imports_is_declared_in_the_base_or_a_target_extra() ->
         canonicalize_name(Requirement(line).name)
         for line in [*project["dependencies"], *(line for name in ("cpu", "cuda", "rtx", "tensorrt") for line in extras[name])]
     }
-    distributions = packages_distributions()
+    distributions = {**DISTRIBUTIONS, **packages_distributions()}
     for path in (ROOT / "runtime").rglob("*.py"):
         for package in imported_packages(path) - sys.stdlib_module_names - {"runtime"}:
             providers = {canonicalize_name(name) for name in distributions.get(package, [package])}
