@@ -20,7 +20,7 @@ from runtime.request import GenerateRequest, ResolvedRequest, resolve_request
 from runtime.schedulers import SOLVERS, make_schedule
 from runtime.stages.text_encoder import TOKEN_EMBEDDING
 from runtime.text import MAX_TOKENS, Tokenizer
-from runtime.text_encoder import encode_prompt
+from runtime.text_encoder import encode_prompts
 from runtime.tiling import decode_tiled
 from runtime.transformer import Transformer
 from runtime.vae import decode_stream, to_uint8
@@ -125,7 +125,7 @@ class VideoPipeline:
         texts = [tokenizer.encode(text) for text in (job.prompt, job.negative_prompt)[: 1 + needs_negative]]
         with clock.stage("text_encoder"), self._opener.network("text_encoder") as (component, weights):
             table = weights.host_tensor(TOKEN_EMBEDDING)
-            embeds = [encode_prompt(component, table, text.ids, variant.text_encoder) for text in texts]
+            embeds = encode_prompts(component, table, [text.ids for text in texts], variant.text_encoder)
         return embeds, tuple(text.warning for text in texts if text.warning)
 
     def _denoise(

@@ -1,6 +1,7 @@
 """Drives the text encoder's stages: token ids in, prompt embeddings out."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,34 +15,41 @@ _Int64 = np.ndarray[Any, np.dtype[np.int64]]
 _Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def encode_prompt(component: Component, token_embedding: Array, token_ids: _Int64, arch: TextEncoderArch) -> _Float32:
-    """Embeddings of a prompt's tokens.
+def encode_prompts(
+    component: Component, token_embedding: Array, prompts: Sequence[_Int64], arch: TextEncoderArch
+) -> list[_Float32]:
+    """Embeddings of several prompts' tokens. They go through each block together, so the weights are read once, not once a prompt.
 
     Args:
         component: the opened text encoder.
-        token_embedding: [vocab_size, dim]; only the prompt's rows are read.
-        token_ids: [S], the end-of-sequence token included, no padding.
+        token_embedding: [vocab_size, dim]; only the prompts' rows are read.
+        prompts: token ids [S] of each, the end-of-sequence token included, no padding.
 
     Returns:
-        [S, dim]. The model wants these rows followed by zeros (not by the encoder's output for padding).
+        [S, dim] for each. The model wants these rows followed by zeros (not by the encoder's output for padding).
 
     Raises:
         BundleError: the tokenizer gives an id that the table does not have.
     """
-    if token_ids.max(initial=0) >= len(token_embedding):
+    largest = max(int(token_ids.max(initial=0)) for token_ids in prompts)
+    if largest >= len(token_embedding):
         raise BundleError(
-            f"the tokenizer gives token {token_ids.max()}, the text encoder has {len(token_embedding)} tokens",
+            f"the tokenizer gives token {largest}, the text encoder has {len(token_embedding)} tokens",
             hint="tokenizer and text encoder must come from the same checkpoint; rebuild the bundle",
         )
     backend = component.backend
-    buckets = relative_position_buckets(len(token_ids), num_buckets=arch.num_buckets, max_distance=arch.max_distance)
-    position_buckets = backend.to_device(buckets)
-    hidden_states = backend.to_device(token_embedding[token_ids].astype(np.float32, copy=False))
+    buckets = [
+        relative_position_buckets(len(token_ids), num_buckets=arch.num_buckets, max_distance=arch.max_distance)
+        for token_ids in prompts
+    ]
+    position_buckets = [backend.to_device(table) for table in buckets]
+    hidden = [backend.to_device(token_embedding[token_ids].astype(np.float32, copy=False)) for token_ids in prompts]
     for block in range(arch.num_layers):
-        inputs = {"hidden_states": hidden_states, "position_buckets": position_buckets}
-        hidden_states = component.run("text_encoder.block", inputs, block=block)["next_hidden_states"]
-    outputs = component.run("text_encoder.final_norm", {"hidden_states": hidden_states})
-    return backend.to_host(outputs["prompt_embeds"])
+        for i, positions in enumerate(position_buckets):
+            inputs = {"hidden_states": hidden[i], "position_buckets": positions}
+            hidden[i] = component.run("text_encoder.block", inputs, block=block)["next_hidden_states"]
+    outputs = [component.run("text_encoder.final_norm", {"hidden_states": states}) for states in hidden]
+    return [backend.to_host(output["prompt_embeds"]) for output in outputs]
 
 
 def relative_position_buckets(num_tokens: int, *, num_buckets: int, max_distance: int) -> _Int64:

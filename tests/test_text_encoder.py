@@ -20,7 +20,7 @@ from runtime.component import Component
 from runtime.errors import BundleError
 from runtime.specs import StageSpec
 from runtime.stages.text_encoder import TOKEN_EMBEDDING, text_encoder_stages
-from runtime.text_encoder import encode_prompt, relative_position_buckets
+from runtime.text_encoder import encode_prompts, relative_position_buckets
 from runtime.variants import VARIANTS, TextEncoderArch, Variant
 from tests.harness import open_network, relative_error
 from tests.tolerances import TOLERANCES
@@ -100,9 +100,9 @@ def test_engines_match_transformers_without_padding(name: str, tmp_path: Path) -
     tensors = original_tensors(network, text_encoder_diffusers_names(arch))
     table = tensors[TOKEN_EMBEDDING].numpy()
     with open_network(toy_variant(config), "text_encoder", tensors, tmp_path) as component:
-        for num_tokens in LENGTHS:
-            ids = random_ids(config, num_tokens)
-            given = encode_prompt(component, table, ids.numpy(), arch)
+        prompts = [random_ids(config, num_tokens) for num_tokens in LENGTHS]
+        embeds = encode_prompts(component, table, [ids.numpy() for ids in prompts], arch)
+        for num_tokens, ids, given in zip(LENGTHS, prompts, embeds, strict=True):
             assert given.dtype == np.float32 and given.shape == (num_tokens, arch.dim)
             assert relative_error(given, padded_oracle(network, ids)) < TOLERANCE
 
@@ -149,7 +149,7 @@ def test_a_token_beyond_the_embedding_table_is_refused() -> None:
     table = np.zeros((arch.vocab_size, arch.dim), np.float32)
     closed = Component(OnnxRuntimeBackend(), (), {}, NoWeights())
     with pytest.raises(BundleError, match=f"token {arch.vocab_size}, the text encoder has {arch.vocab_size} tokens"):
-        encode_prompt(closed, table, np.array([arch.vocab_size, 1]), arch)
+        encode_prompts(closed, table, [np.array([arch.vocab_size, 1])], arch)
 
 
 class NoWeights:
