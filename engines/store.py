@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from runtime import strict_json
-from runtime.bundle import JOURNAL, MANIFEST, parse_manifest
+from runtime.bundle import JOURNAL, MANIFEST, file_sha256, parse_manifest
 from runtime.bundle_checks import check_path
 from runtime.errors import BuildError, BundleError
 from runtime.manifest import Artefact, Manifest, WeightFile
@@ -136,12 +136,6 @@ def content_key(**facts: Any) -> str:
     import json
 
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def _build(
         tokenizer=builder.tokenizer() if checkpoint else None,
         source=_unicode(request.checkpoint.resolve().name) if request.checkpoint else "",
     )
-    changed = builder.store.finish(manifest)
+    changed = store.finish(manifest)
     return BuildSummary(
         bundle=request.out,
         variant=variant.name,

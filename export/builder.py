@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from engines.plan import TargetPlan, architectures, network_precisions
 from engines.store import BundleStore, content_key
+from runtime.bundle import file_sha256
 from runtime.errors import BuildError
 from runtime.geometry import SizeRange
 from runtime.manifest import Artefact, Target, WeightFile
@@ -84,7 +85,7 @@ class Builder:
         on_event: Callable[[BuildEvent], None],
     ) -> None:
         self.built = self.reused = 0
-        self.store = store
+        self._store = store
         self._request, self._variant, self._checkpoint = request, variant, checkpoint
         self._total, self._on_event = total, on_event
 
@@ -105,7 +106,10 @@ class Builder:
                 for network in NETWORKS
                 for stage in network_stages(self._variant, network)
             },
-            kernels={architecture: self._kernels(plan, architecture, facts) for architecture in self._architectures(plan)},
+            kernels={
+                architecture: self._kernels(plan, architecture, facts)
+                for architecture in architectures(plan, self._request.architectures)
+            },
             tool_versions=versions,
         )
 
@@ -138,7 +142,7 @@ class Builder:
         """The checkpoint's tokenizer, copied."""
         assert self._checkpoint is not None
         source = self._checkpoint.tokenizer
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        digest = file_sha256(source)
 
         def copy(file: Path) -> None:
             shutil.copyfile(source, file)
@@ -167,13 +171,10 @@ class Builder:
         path = f"engines/{plan.name}/kernels.{architecture}.cubin"
         return self._artefact(path, key=content_key(architecture=architecture, **facts), build=build).file
 
-    def _architectures(self, plan: TargetPlan) -> tuple[str, ...]:
-        return architectures(plan, self._request.architectures)
-
     def _artefact(self, path: str, *, key: str, build: Callable[[Path], dict[str, str] | None]) -> WeightFile:
         started = time.perf_counter()
-        reused = self.store.has(path, key=key)
-        made = self.store.artefact(path, key=key, build=build)
+        reused = self._store.has(path, key=key)
+        made = self._store.artefact(path, key=key, build=build)
         self.built, self.reused = self.built + (not reused), self.reused + reused
         self._on_event(
             BuildEvent(

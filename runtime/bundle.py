@@ -65,12 +65,17 @@ def check_hash(bundle: Bundle, artefact: Artefact) -> None:
         BundleError: it differs, or the file cannot be read.
     """
     try:
-        with bundle.file(artefact).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(bundle.file(artefact))
     except OSError as exc:
         raise BundleError(f"{artefact.path}: cannot be read: {exc.strerror or exc}", hint=_COPY_AGAIN) from exc
     if found != artefact.sha256:
         raise BundleError(f"{artefact.path}: SHA-256 is {found}, the manifest says {artefact.sha256}", hint=_COPY_AGAIN)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_manifest(text: bytes, *, where: Path) -> Manifest:

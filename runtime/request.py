@@ -15,10 +15,11 @@ from runtime.errors import RequestError
 from runtime.geometry import Float32, SizeRange, VideoSize, check_size, latent_shape
 from runtime.manifest import Manifest
 from runtime.schedulers import Conventions, SchedulerName, SolverSettings
+from runtime.schedulers.schedule import NUM_TRAIN_TIMESTEPS
 from runtime.tiling import TileSpec
 
 T = TypeVar("T")
-MAX_STEPS = 1000
+MAX_STEPS = NUM_TRAIN_TIMESTEPS
 MAX_SEED = 2**64 - 1
 MAX_SCALE = 1000.0
 """No shift (or its inverse) and no guidance scale comes near; beyond, float32 latents overflow."""

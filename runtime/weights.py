@@ -75,11 +75,13 @@ class WeightStore:
 
     def stage_weights(self, stage: StageSpec, block: int | None) -> Mapping[str, DeviceTensor]:
         """The weights of `stage`, by the names the engine knows; sent to the device when first asked for, and kept there."""
+        bound = {}
         for weight in stage.weights:
             name = stage.weight_name(weight.name, block)
             if name not in self._resident:
                 self._resident[name] = self._backend.to_device(self._tensors[name], weight.dtype)
-        return {weight.name: self._resident[stage.weight_name(weight.name, block)] for weight in stage.weights}
+            bound[weight.name] = self._resident[name]
+        return bound
 
     def host_tensor(self, name: str) -> Array:
         """A weight that the host reads itself, such as an embedding table; still mapped."""
