@@ -62,8 +62,9 @@ def _build(kind: Any, data: object, at: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if data is None and type(None) in arguments:
             return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _build(inner, data, at)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        fitting = [argument for argument in kinds if isinstance(argument, type) and type(data) is argument]
+        return _build((fitting or kinds)[0], data, at)
     if origin is tuple:
         items = _expect(list, data, at)
         kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)

@@ -33,12 +33,24 @@ class Tree:
     best: Leaf | None
 
 
+@dataclass(frozen=True)
+class Shape:
+    axes: tuple[int | str, ...]
+
+
 TREE = Tree("Kiefer 松", Colour.RED, (1, 2), (True, False), {"a": Leaf(1, 0.1), "b": Leaf(2)}, None)
 GOOD = strict_json.encode(TREE)
 
 
 def test_a_tree_survives_the_round_trip() -> None:
     assert strict_json.decode(Tree, GOOD, error=ValueError) == TREE
+
+
+def test_a_place_may_hold_one_of_two_types() -> None:
+    shape = strict_json.decode(Shape, '{"axes": [3, "4*height"]}', error=ValueError)
+    assert shape == Shape((3, "4*height"))
+    with pytest.raises(ValueError, match=r"axes\[0\]: expected int, got float"):
+        strict_json.decode(Shape, '{"axes": [1.5]}', error=ValueError)
 
 
 def test_a_whole_number_may_stand_for_a_float() -> None:

@@ -16,7 +16,7 @@ from runtime.backends.cuda.linear import Linear
 from runtime.backends.cuda.plan import PLAN_VERSION, Plan, Step, StepKind, View
 from runtime.errors import EngineError
 from runtime.precision import FP8_MAX
-from runtime.specs import DType, Precision, StageSpec, TensorSpec, match_shapes
+from runtime.specs import DType, Precision, StageSpec, TensorSpec, match_shapes, resolve
 
 _REBUILD = "rebuild the bundle with `wanrt build-engines --target cuda`"
 
@@ -36,8 +36,7 @@ class CudaEngine:
         for step, dropped in zip(self._plan.steps, self._dropped, strict=True):
             for name in step.outputs.values():
                 buffer = self._buffers[name]
-                rows = extents.get(buffer.rows) or int(buffer.rows)
-                shape = (rows,) if buffer.columns == 1 else (rows, buffer.columns)
+                shape = tuple(resolve(axis, extents) for axis in buffer.shape)
                 arrays[name] = self._backend.device.empty(shape, buffer.dtype)
             given = {argument: self._array(arrays, name) for argument, name in step.inputs.items()}
             self._backend.execute(step, given, {argument: arrays[name] for argument, name in step.outputs.items()})

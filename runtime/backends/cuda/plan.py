@@ -7,9 +7,9 @@ Written by `engines.targets.cuda`, executed by `runtime.backends.cuda.engine`. A
 from dataclasses import dataclass
 from enum import StrEnum
 
-from runtime.specs import DType
+from runtime.specs import Axis, DType
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 class StepKind(StrEnum):
@@ -32,8 +32,7 @@ class Buffer:
     """An array the stage makes; symbolic extents as in the stage's spec."""
 
     name: str
-    rows: str  # a symbol or a number
-    columns: int
+    shape: tuple[Axis, ...]
     dtype: DType
 
 

@@ -1,0 +1,139 @@
+"""The transformer's graphs → plans: each fused function becomes a step, and steps that read what another writes are joined.
+
+Joined: a residual and the norm after it; a norm (or the quantisation of any other activation) and the FP8 product after it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import onnx
+
+from engines.targets.cuda.lowering import Lowering, Operator, attributes
+from runtime.backends.cuda.plan import StepKind
+from runtime.errors import BuildError
+from runtime.precision import scale_name
+from runtime.specs import FUNCTION_DOMAIN, DType
+
+_NORMS = ("AdaLayerNorm", "LayerNormalization")
+_LINEARS = ("Linear", "LinearGelu")
+
+
+class TransformerLowering(Lowering):
+    """Rows are tokens, 2-D arrays [rows, columns]; the time embedding's few rows are float32."""
+
+    _silu: dict[str, str]  # value that is the SiLU of another
+
+    def operators(self) -> Mapping[Operator, Callable[[onnx.NodeProto], None]]:
+        self._silu = {}
+        return {
+            ("", "Add"): self._add,
+            ("", "Slice"): self._slice,
+            ("", "Split"): self._split,
+            ("", "Gemm"): self._gemv,
+            ("", "Sigmoid"): lambda node: None,  # only as a part of SiLU, see _multiply
+            ("", "Mul"): self._multiply,
+            ("", "Reshape"): self._reshape,
+            ("", "LayerNormalization"): self._norm,
+            (FUNCTION_DOMAIN, "AdaLayerNorm"): self._norm,
+            (FUNCTION_DOMAIN, "GatedResidual"): self._residual,
+            (FUNCTION_DOMAIN, "Linear"): self._linear,
+            (FUNCTION_DOMAIN, "LinearGelu"): self._linear,
+            (FUNCTION_DOMAIN, "QKNorm"): self._qk_norm,
+            (FUNCTION_DOMAIN, "QKNormRope"): self._qk_norm,
+            (FUNCTION_DOMAIN, "Attention"): self._attention,
+        }
+
+    def _add(self, node: onnx.NodeProto) -> None:
+        a, b = node.input
+        if self.dtypes[a] is DType.BF16:  # token rows: a residual without a gate
+            self._residual(node)
+            return
+        larger = max((a, b), key=lambda name: int(self.shapes[name][0]))
+        out = self.buffer(node.output[0], self.shapes[larger], DType.F32)
+        self.step(StepKind.ADD, {"a": larger, "b": b if larger == a else a}, {"out": out})
+
+    def _slice(self, node: onnx.NodeProto) -> None:
+        start, stop, axis = (int(self.constants[name][0]) for name in node.input[1:4])
+        rows = int(self.shapes[node.input[0]][0])
+        if axis != 0:
+            raise BuildError(f"{self.stage.name}: the cuda target slices rows only, not axis {axis}")
+        self.view(node.output[0], node.input[0], axis=0, start=start, stop=min(stop, rows))
+
+    def _split(self, node: onnx.NodeProto) -> None:
+        axis = int(attributes(node)["axis"])
+        extent = int(self.shapes[node.input[0]][axis]) // len(node.output)
+        for i, name in enumerate(node.output):
+            self.view(name, node.input[0], axis=axis, start=i * extent, stop=(i + 1) * extent)
+
+    def _multiply(self, node: onnx.NodeProto) -> None:
+        value = next(
+            (x for x in node.input if any(c.op_type == "Sigmoid" and c.output[0] in node.input for c in self.consumers[x])),
+            None,
+        )
+        if value is None:
+            raise BuildError(f"{self.stage.name}: the cuda target multiplies only as part of SiLU")
+        self._silu[node.output[0]] = value
+
+    def _gemv(self, node: onnx.NodeProto) -> None:
+        x, weight, bias = node.input
+        out = self.buffer(node.output[0], (1, self.shapes[weight][0]), DType.F32)
+        inputs = {"x": self._silu.get(x, x), "weight": weight, "bias": bias}
+        self.step(StepKind.GEMV, inputs, {"out": out}, silu_input=x in self._silu)
+
+    def _reshape(self, node: onnx.NodeProto) -> None:
+        # one row of rows*columns is the same bytes as rows rows: the buffer itself is declared in the new shape
+        rows, source = int(self.constants[node.input[1]][0]), node.input[0]
+        shape = (rows, int(self.shapes[source][1]) // rows)
+        self.buffer(source, shape, self.dtypes[source])
+        self.alias[node.output[0]] = source
+        self.shapes[node.output[0]], self.dtypes[node.output[0]] = shape, self.dtypes[source]
+
+    def _norm(self, node: onnx.NodeProto) -> None:
+        self._emit_norm(node, StepKind.NORM, {"x": self.as_dtype(node.input[0], DType.BF16)}, {})
+
+    def _residual(self, node: onnx.NodeProto) -> None:
+        inputs = {"residual": node.input[0], "x": node.input[1]}
+        if len(node.input) == 3:
+            inputs["gate"] = node.input[2]
+        out = self.buffer(node.output[0], self.shapes[node.input[0]], DType.BF16)
+        norm = next((c for c in self.consumers[node.output[0]] if c.op_type in _NORMS), None)
+        if norm is None:
+            self.step(StepKind.RESIDUAL, inputs, {"out": out})
+            return
+        self._emit_norm(norm, StepKind.RESIDUAL_NORM, inputs, {"residual_out": out})
+        self.done.add(norm.output[0])
+
+    def _emit_norm(self, node: onnx.NodeProto, kind: StepKind, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+        ada = node.op_type == "AdaLayerNorm"
+        shift, gain = (node.input[1], node.input[2]) if ada else (node.input[2], node.input[1])
+        name = node.output[0]
+        quantised = all(c.op_type in _LINEARS and self.dtypes[c.input[1]] is DType.F8_E4M3 for c in self.consumers[name])
+        dtype = DType.F8_E4M3 if quantised else DType.BF16
+        outputs = {**outputs, "out": self.buffer(name, self.shapes[node.input[0]], dtype)}
+        if quantised:
+            outputs["out_scale"] = self.scale_buffer(name)
+        numbers = {"add_one": float(ada), "eps": float(attributes(node)["epsilon"])}
+        self.step(kind, {**inputs, "gain": gain, "shift": shift}, outputs, **numbers)
+
+    def _linear(self, node: onnx.NodeProto) -> None:
+        x, weight, bias = node.input
+        inputs = {"weight": weight, "bias": bias}
+        if self.dtypes[weight] is DType.F8_E4M3:
+            inputs |= {"x": self.quantised(x), "x_scale": scale_name(self.quantised(x)), "weight_scale": scale_name(weight)}
+        else:
+            inputs["x"] = self.as_dtype(x, DType.BF16)
+        out = self.buffer(node.output[0], (self.shapes[x][0], self.shapes[weight][0]), DType.BF16)
+        self.step(StepKind.LINEAR, inputs, {"out": out}, gelu=node.op_type == "LinearGelu")
+
+    def _qk_norm(self, node: onnx.NodeProto) -> None:
+        inputs = {"x": node.input[0], "weight": node.input[1]}
+        if node.op_type == "QKNormRope":
+            inputs |= {"rope_cos": node.input[2], "rope_sin": node.input[3]}
+        given = attributes(node)
+        out = self.buffer(node.output[0], self.shapes[node.input[0]], DType.BF16)
+        numbers = {"eps": float(given["epsilon"]), "num_heads": float(given.get("num_heads", 1))}
+        self.step(StepKind.QK_NORM_ROPE, inputs, {"out": out}, **numbers)
+
+    def _attention(self, node: onnx.NodeProto) -> None:
+        inputs = dict(zip(("query", "key", "value"), node.input, strict=True))
+        out = self.buffer(node.output[0], self.shapes[node.input[0]], DType.BF16)
+        self.step(StepKind.ATTENTION, inputs, {"out": out}, num_heads=float(attributes(node)["num_heads"]))
