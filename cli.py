@@ -85,14 +85,22 @@ def run(arguments: argparse.Namespace) -> None:
 
     progress = _StepBar(sys.stderr, quiet=arguments.json)
     request = RunRequest(generate=_generate_request(arguments), out=arguments.out, save_latents=arguments.save_latents)
-    pipeline = VideoPipeline.open(arguments.bundle, target=arguments.target, num_threads=arguments.threads)
-    _say(f"target {pipeline.target}: {pipeline.target_reason}", quiet=arguments.json)
-    outcome = run_to_file(pipeline, request, on_step=progress.step)
+
+    def show_memory(plan: Any) -> None:
+        _say(f"device memory: {plan}", quiet=arguments.json)
+
+    with VideoPipeline.open(
+        arguments.bundle, target=arguments.target, num_threads=arguments.threads, vram=_vram(arguments.vram)
+    ) as pipeline:
+        _say(f"target {pipeline.target}: {pipeline.target_reason}", quiet=arguments.json)
+        outcome = run_to_file(pipeline, request, on_step=progress.step, on_memory=show_memory)
     if arguments.json:
         _result(json.dumps({"out": str(outcome.out), "report": asdict(outcome.report)}))
         return
     seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in outcome.report.stage_seconds.items())
     _say(f"seed {outcome.report.request['seed']}; {seconds}")
+    if outcome.report.device_memory is not None:
+        _say(f"device memory: {outcome.report.device_memory}")
     _result(str(outcome.out))
 
 
@@ -100,7 +108,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """`wanrt inspect`: what a bundle holds, and whether this machine can run it."""
     from runtime.inspection import inspect_bundle, verify_bundle
 
-    inspection = inspect_bundle(arguments.bundle)
+    inspection = inspect_bundle(arguments.bundle, vram=_vram(arguments.vram))
     if arguments.verify:
         verify_bundle(arguments.bundle, on_file=lambda path: _say(f"verified {path}", quiet=arguments.json))
     if arguments.json:
@@ -110,20 +118,12 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """`wanrt benchmark`: this runtime and its peers, each in its own process, on the same work."""
-    from benchmarks.suite import BenchmarkRequest, run_benchmark
-
-    result = run_benchmark(
-        BenchmarkRequest(
-            suite=arguments.suite,
-            baseline=arguments.baseline,
-            pairs=arguments.pairs,
-            out=arguments.out,
-            readme=arguments.readme,
-        ),
-        on_line=_say,
-    )
+    """`wanrt benchmark`: this runtime and its peers on the same work."""
+    result = _toy_benchmark(arguments) if arguments.suite == "toy" else _gpu_benchmark(arguments)
     _result(json.dumps(result, indent=1) if arguments.json else result["table"])
+    if failures := result.get("failures"):
+        name, reason = next(iter(failures.items()))
+        raise WanError(f"{len(failures)} of the measurements failed, the first: {name}: {reason}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,13 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=inspect)
     command.add_argument("bundle", type=Path)
     command.add_argument("--verify", action="store_true", help="read every file and check its hash")
-    command = commands.add_parser("benchmark", parents=[common], help=benchmark.__doc__)
-    command.set_defaults(command=benchmark)
-    command.add_argument("--suite", choices=["toy"], default="toy")
-    command.add_argument("--baseline", choices=["diffusers"], default="diffusers")
-    command.add_argument("--pairs", type=int, default=5, help="paired runs counted, after one warm-up pair")
-    command.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/)")
-    command.add_argument("--readme", type=Path, help="README whose benchmark table to rewrite")
+    command.add_argument("--vram", metavar="SIZE", help="device memory to plan the default generation for, such as 12GiB")
+    _add_benchmark(commands.add_parser("benchmark", parents=[common], help=benchmark.__doc__))
     return parser
 
 
@@ -182,10 +177,16 @@ def _add_build_engines(command: argparse.ArgumentParser) -> None:
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run)
     command.add_argument("bundle", type=Path)
-    command.add_argument("--prompt", required=True)
+    command.add_argument("--prompt", help="may be left out with --image")
     command.add_argument("--negative-prompt", help='the reference\'s default when left out; "" for an empty one')
-    command.add_argument("--size", metavar="WIDTHxHEIGHT")
-    command.add_argument("--frames", type=int)
+    command.add_argument("--image", type=Path, help="first frame, a JPEG, PNG or WebP file, for models that take one")
+    command.add_argument("--last-image", type=Path, help="last frame, for models that take one")
+    command.add_argument("--video", type=Path, help="video to begin with instead of noise, for text-to-video models")
+    command.add_argument("--strength", type=float, help="with --video, how much of it is made anew: up to 1 (default: 0.8)")
+    command.add_argument(
+        "--size", metavar="WIDTHxHEIGHT", help="default: the model's; with --image, of the image's aspect and the same area"
+    )
+    command.add_argument("--frames", type=int, help="default: the model's; with --video, as many as the video has")
     command.add_argument("--steps", type=int)
     command.add_argument("--shift", type=float)
     command.add_argument(
@@ -207,17 +208,101 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="whose behaviour to follow where the peers differ (default: the checkpoint's layout)",
     )
     command.add_argument("--target", help="the best one that runs here when left out")
+    command.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="device memory to use, such as 12GiB (default: what is free, less 1 GiB); blocks beyond it stream",
+    )
+    command.add_argument("--attention", choices=["bf16", "fp8"], help="precision of self-attention (default: the target's)")
     command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 lets the library choose")
 
 
+def _add_benchmark(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=benchmark)
+    command.add_argument(
+        "--suite",
+        default="toy",
+        help="toy (on a CPU; the default), or on a GPU: dit, vae, text, offload, e2e, all at full size",
+    )
+    command.add_argument(
+        "--baseline",
+        action="append",
+        help="diffusers, diffusers-compile or diffsynth, as the suite has them; may be given several times on a GPU "
+        "(default: diffusers for toy, else none)",
+    )
+    command.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/)")
+    toy = command.add_argument_group("toy")
+    toy.add_argument("--pairs", type=int, help="paired runs counted, after one warm-up pair (default: 5)")
+    toy.add_argument("--readme", type=Path, help="README whose benchmark table to rewrite")
+    gpu = command.add_argument_group("on a GPU")
+    gpu.add_argument(
+        "--case", action="append", help="of the suite's cases, such as 14b-480p; may be given several times (default: all)"
+    )
+    gpu.add_argument(
+        "--bundle", action="append", type=Path, help="may be given several times (default: built for this GPU, then removed)"
+    )
+    gpu.add_argument("--attention", action="append", choices=["bf16", "fp8"], help="with fp8 weights (default: both)")
+    gpu.add_argument(
+        "--budget", action="append", metavar="SIZE", help="device memory, such as 8GiB, for offload (default: a curve)"
+    )
+    gpu.add_argument("--seconds", type=float, help="how long to repeat a measurement (default: 8)")
+    gpu.add_argument("--profile", action="store_true", help="also time the steps of one forward more, for dit")
+
+
+def _toy_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.suite import BenchmarkRequest, run_benchmark
+
+    _refuse_options(arguments, "case", "bundle", "attention", "budget", "seconds", "profile")
+    baselines = arguments.baseline or ["diffusers"]
+    if len(baselines) > 1:
+        raise RequestError(f"suite toy takes one baseline, not {', '.join(baselines)}", hint="measure them one after the other")
+    pairs = 5 if arguments.pairs is None else arguments.pairs
+    return run_benchmark(
+        BenchmarkRequest(suite="toy", baseline=baselines[0], pairs=pairs, out=arguments.out, readme=arguments.readme),
+        on_line=_say,
+    )
+
+
+def _gpu_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.gpu_suites import GpuRequest, run_gpu_benchmark
+    from runtime.specs import Precision
+
+    _refuse_options(arguments, "pairs", "readme")
+    return run_gpu_benchmark(
+        GpuRequest(
+            suite=arguments.suite,
+            cases=tuple(arguments.case or ()),
+            baselines=tuple(dict.fromkeys(arguments.baseline or ())),
+            bundles=tuple(arguments.bundle or ()),
+            attention=tuple(Precision(name) for name in dict.fromkeys(arguments.attention or ())),
+            budgets_gib=tuple((_vram(budget) or 0) / 2**30 for budget in arguments.budget or ()),
+            seconds=arguments.seconds,
+            profile=arguments.profile,
+            out=arguments.out,
+        ),
+        on_line=_say,
+    )
+
+
+def _refuse_options(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise RequestError(f"--{name}: suite {arguments.suite} has no such option", hint="see `wanrt benchmark --help`")
+
+
 def _generate_request(arguments: argparse.Namespace) -> Any:
+    from runtime.clips import load_video
+    from runtime.images import load_image
     from runtime.request import GenerateRequest
     from runtime.run import load_latents
     from runtime.schedulers import Conventions, SchedulerName
+    from runtime.specs import Precision
 
+    if arguments.prompt is None and arguments.image is None:
+        raise RequestError("no prompt given", hint="give one with --prompt; only with --image it may be left out")
     width, height = _width_height(arguments.size) if arguments.size is not None else (None, None)
     return GenerateRequest(
-        prompt=arguments.prompt,
+        prompt=arguments.prompt or "",
         negative_prompt=arguments.negative_prompt,
         width=width,
         height=height,
@@ -227,10 +312,21 @@ def _generate_request(arguments: argparse.Namespace) -> Any:
         guidance=_guidance(arguments.guidance),
         scheduler=SchedulerName(arguments.scheduler) if arguments.scheduler else None,
         seed=arguments.seed,
+        image=load_image(arguments.image) if arguments.image else None,
+        last_image=load_image(arguments.last_image) if arguments.last_image else None,
+        video=load_video(arguments.video, num_frames=arguments.frames) if arguments.video else None,
+        strength=arguments.strength,
         latents=load_latents(arguments.latents) if arguments.latents else None,
         conventions=Conventions(arguments.conventions) if arguments.conventions else None,
         tile=_tile(arguments.tile),
+        attention=Precision(arguments.attention) if arguments.attention else None,
     )
+
+
+def _vram(text: str | None) -> int | None:
+    from runtime.memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
 
 
 def _tile(text: str | None) -> Any:

@@ -15,6 +15,7 @@ from statistics import median
 
 import numpy as np
 
+from runtime.backends.cuda.attention_kernels import AttentionKernels
 from runtime.backends.cuda.device import Device, DeviceArray, check
 from runtime.backends.cuda.kernels import Kernels
 from runtime.specs import DType
@@ -37,10 +38,10 @@ class Measured:
     host_us: float  # the host's time for one launch
 
 
-def measure_all(device: Device, kernels: Kernels) -> list[Measured]:
+def measure_all(device: Device, kernels: Kernels, around_attention: AttentionKernels) -> list[Measured]:
     """The copy first, then every kernel at every shape; the median of some passes."""
     rows: list[Measured] = []
-    for name, shape, moved_bytes, launches in (_copy(device), *_cases(device, kernels)):
+    for name, shape, moved_bytes, launches in (_copy(device), *_cases(device, kernels, around_attention)):
         for launch in launches:
             launch()  # warm up: loads the kernel, settles the clocks
         passes = [_pass(device, launches) for _ in range(PASSES)]
@@ -84,7 +85,7 @@ def _copy(device: Device) -> Case:
     return "copy", (1, BEYOND_CACHES), 2 * BEYOND_CACHES, [launch]
 
 
-def _cases(device: Device, kernels: Kernels) -> Iterator[Case]:
+def _cases(device: Device, kernels: Kernels, around_attention: AttentionKernels) -> Iterator[Case]:
     for dim, heads, ffn_dim in SHAPES:
         vector = device.from_host(np.linspace(0.5, 1.5, dim, dtype=np.float32))
         tables = [
@@ -113,12 +114,13 @@ def _cases(device: Device, kernels: Kernels) -> Iterator[Case]:
         yield _case("quantize_rows", partial(kernels.quantize_rows, out_scale=scales), {"x": bf16(), "out": fp8()})
         yield _case("quantize_rows", partial(kernels.quantize_rows, out_scale=scales), wide)
         qkv = [array.columns(2 * dim, 3 * dim) for array in _arrays(device, columns=3 * dim, dtype=DType.BF16)]
-        yield _case("amax of v", kernels.amax, {"x": qkv})
-        yield _case(
-            "quantize_tensor of v",
-            partial(kernels.quantize_tensor, scale=vector.rows(0, 1)),
-            {"x": qkv, "out": fp8()},
-        )
+        centred = partial(around_attention.quantize_centred, scale=scales.rows(0, 1), offset=device.empty((dim,), DType.F32))
+        yield _case("quantize_centred of v", centred, {"x": qkv, "out": fp8()}, also=qkv[0].nbytes)  # reads v twice
+        spared = [array.sparing_rows(8) for array in bf16()]
+        yield _case("fill_spare_rows", partial(around_attention.fill_spare_rows, count=8), {"x": spared})
+        rows = {"num_clean": device.from_host(np.array([TOKENS // 31])), "gain": device.zeros((2, dim), DType.F32)}
+        by_row = partial(kernels.norm, shift=rows["gain"], out_scale=scales, add_one=True, eps=EPS, **rows)
+        yield _case("norm by row fp8", by_row, {"x": bf16(), "out": fp8()})
         for dtype in (DType.F32, DType.BF16):
             weights = _arrays(device, columns=dim, dtype=dtype, rows=6 * dim)
             small, out = device.zeros((1, dim), DType.F32), device.empty((1, 6 * dim), DType.F32)
@@ -149,7 +151,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     with Device() as device:
-        rows = measure_all(device, Kernels(device, compile_kernels(device.arch)))
+        cubin = compile_kernels(device.arch)
+        rows = measure_all(device, Kernels(device, cubin), AttentionKernels(device, cubin))
         name = device.name
     print(f"{name}\n{'kernel':22} {'shape':>16} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'host us':>8}")
     for row in rows:

@@ -35,6 +35,7 @@ LINEARS = {  # name → features, outputs, GELU
 HEADS = {"14B": 40, "1.3B": 12}
 HEAD_DIM = 128
 TEXT_TOKENS = 512
+WHOLE_TILES = 32_768
 PRECISIONS = (DType.BF16, DType.F8_E4M3)
 
 FP8_SPREAD = 100.0  # of numbers scaled so that the greatest of a row is near 448
@@ -65,15 +66,23 @@ def main() -> None:
 
 def linear_lines(device: Device, seconds: float) -> Iterator[dict[str, Any]]:
     """Every linear layer: the library's favourite kernel, then the best of its candidates."""
-    for fast in (False, True):
-        with Linear(device, fast_accumulation=fast) as linear:
+    with Linear(device) as linear:
+        for fast in (False, True):
             for name, (features, outputs, gelu) in list(LINEARS.items())[: 4 if fast else None]:
                 for dtype in PRECISIONS[int(fast) :]:
-                    yield linear_line(device, linear, name, features, outputs, gelu, dtype, seconds) | {"fast_sums": fast}
+                    flags = {"gelu": gelu, "fast_accumulation": fast}
+                    yield linear_line(device, linear, name, features, outputs, dtype, seconds, flags) | {"fast_sums": fast}
 
 
 def linear_line(
-    device: Device, linear: Linear, name: str, features: int, outputs: int, gelu: bool, dtype: DType, seconds: float
+    device: Device,
+    linear: Linear,
+    name: str,
+    features: int,
+    outputs: int,
+    dtype: DType,
+    seconds: float,
+    flags: dict[str, bool],
 ) -> dict[str, Any]:
     spread = FP8_SPREAD if dtype is DType.F8_E4M3 else 1.0
     x = random_array(device, 0, dtype, TOKENS, features, spread=spread)
@@ -86,12 +95,13 @@ def linear_line(
             "weight_scale": device.from_host(np.linspace(0.5, 1.5, outputs, dtype=np.float32)),
         }
     flops = 2.0 * TOKENS * features * outputs
-    choices = linear.num_choices(x, weight, bias, out, gelu=gelu, **scales)
+    given: dict[str, Any] = {**scales, **flags}
+    choices = linear.num_choices(x, weight, bias, out, **given)
     bursts = [
-        sustained_ms(device, lambda choice=choice: linear.run(x, weight, bias, out, gelu=gelu, choice=choice, **scales), 0.15)  # type: ignore[misc]
+        sustained_ms(device, lambda choice=choice: linear.run(x, weight, bias, out, choice=choice, **given), 0.15)  # type: ignore[misc]
         for choice in range(choices)
     ]
-    ms = sustained_ms(device, lambda: linear.run(x, weight, bias, out, gelu=gelu, **scales), seconds)
+    ms = sustained_ms(device, lambda: linear.run(x, weight, bias, out, **given), seconds)
     return {
         "linear": name,
         "dtype": str(dtype),
@@ -100,15 +110,15 @@ def linear_line(
         "favourite_burst": bursts[0],
         "best_burst": min(bursts),
         "best_choice": int(np.argmin(bursts)),
-        "error": linear_error(device, x, weight, bias, out, gelu, scales),
+        "error": linear_error(device, x, weight, bias, out, flags["gelu"], scales),
     }
 
 
 def attention_lines(device: Device, seconds: float) -> Iterator[dict[str, Any]]:
-    """Self-attention over all tokens, and cross-attention to the text."""
+    """Self-attention over all tokens, and over as many as fill whole tiles; cross-attention to the text."""
     with Attention(device) as attention:
         for name, heads in HEADS.items():
-            for keys in (TOKENS, TEXT_TOKENS):
+            for keys in (TOKENS, WHOLE_TILES, TEXT_TOKENS):
                 for dtype in PRECISIONS:
                     yield attention_line(device, attention, f"{name}, {keys} keys", heads, keys, dtype, seconds)
 
@@ -117,10 +127,13 @@ def attention_line(
     device: Device, attention: Attention, name: str, heads: int, keys: int, dtype: DType, seconds: float
 ) -> dict[str, Any]:
     width = heads * HEAD_DIM
-    bits = random_bits(0, dtype, TOKENS, 2 * width, spread=1.0), random_bits(1, dtype, TOKENS, width, spread=FP8_SPREAD)
+    bits = (
+        random_bits(0, dtype, WHOLE_TILES, 2 * width, spread=1.0),
+        random_bits(1, dtype, WHOLE_TILES, width, spread=FP8_SPREAD),
+    )
     fused = device.from_host(np.concatenate(bits, axis=1), dtype)
     query, key, value = (fused.columns(i * width, (i + 1) * width) for i in range(3))
-    key, value = key.rows(0, keys), value.rows(0, keys)
+    query, key, value = query.rows(0, TOKENS), key.rows(0, keys), value.rows(0, keys)
     out = device.empty((TOKENS, width), dtype)
     ms = sustained_ms(device, lambda: attention.run(query, key, value, out, num_heads=heads), seconds)
     return {

@@ -5,21 +5,11 @@ python -m benchmarks.demo demo.mp4 --out demo.png
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from runtime.clips import load_video
 from runtime.video import contact_sheet
-
-
-def read_frames(path: Path) -> NDArray[np.uint8]:
-    """All frames of a video file, uint8 [T, H, W, 3]."""
-    import av
-
-    with av.open(str(path)) as container:
-        frames: list[NDArray[Any]] = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames)
 
 
 def spread(num_frames: int, wanted: int) -> list[int]:
@@ -35,7 +25,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--columns", type=int, default=4)
     asked = parser.parse_args()
-    frames = read_frames(asked.video)
+    frames = load_video(asked.video)
     shown = spread(len(frames), asked.frames)
     contact_sheet(frames[shown], asked.out, columns=asked.columns)
     height, width = frames.shape[1:3]

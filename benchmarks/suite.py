@@ -22,12 +22,12 @@ import numpy as np
 
 from benchmarks.job import Job, write_job
 from benchmarks.machine import machine, num_cores, versions
+from benchmarks.result_file import result_file, write_json
 from benchmarks.table import METRICS, Measured, check_readme, markdown_table, rewrite_readme, summarise
 from benchmarks.workload import WORKLOADS, Workload, describe, environment, prepare
 from runtime.errors import RequestError, WanError
 
 SCHEMA_VERSION = 1
-RESULTS = Path("benchmarks") / "results"
 MAX_FRAME_DIFFERENCE = 1  # of 255: the two round the same colour to neighbouring levels
 MAX_PAIRS = 1000
 _OURS = "wanrt"
@@ -44,7 +44,7 @@ class Baseline:
 BASELINES = {
     "diffusers": Baseline(needs=("torch", "diffusers", "transformers"), distributions=("torch", "diffusers", "transformers"))
 }
-_OUR_DISTRIBUTIONS = ("numpy", "onnxruntime", "onnxruntime-gpu")
+_OUR_DISTRIBUTIONS = ("numpy", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def run_benchmark(
         "summary": summarise(pairs),
     }
     result["table"] = markdown_table(result)
-    _write_json(out, result)
+    write_json(out, result)
     on_line(f"result in {out}")
     if request.readme is not None:
         rewrite_readme(request.readme, result["table"])
@@ -157,13 +157,7 @@ def _check(request: BenchmarkRequest) -> Path:
         )
     if request.readme is not None:
         check_readme(request.readme)
-    out = request.out or RESULTS
-    file = out if out.suffix == ".json" else out / f"{request.suite}-{request.baseline}.json"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise RequestError(f"{file.parent}: cannot be made: {exc.strerror}", hint="choose another place with --out") from exc
-    return file
+    return result_file(request.out, f"{request.suite}-{request.baseline}")
 
 
 def _job(work: Workload, folder: Path, peer: str, model: Path, num_threads: int) -> Job:
@@ -218,9 +212,3 @@ def _words(peers: dict[str, Job], runs: list[Measured]) -> str:
         f"{peer} " + ", ".join(f"{run[metric.key] / metric.per_unit:.2f} {metric.unit}" for metric in METRICS)
         for peer, run in zip(peers, runs, strict=True)
     )
-
-
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

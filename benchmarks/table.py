@@ -97,31 +97,31 @@ def check_readme(path: Path) -> None:
     replace_block(_read(path), "")
 
 
-def rewrite_readme(path: Path, table: str) -> None:
-    """Put a table into a README's block; everything else stays as it is.
+def rewrite_readme(path: Path, table: str, *, marks: tuple[str, str] = (BEGIN, END)) -> None:
+    """Put a table into a README's block between two marks; everything else stays as it is.
 
     Raises:
         RequestError: as `check_readme`.
     """
-    text = replace_block(_read(path), table)
+    text = replace_block(_read(path), table, marks=marks)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def replace_block(text: str, table: str) -> str:
+def replace_block(text: str, table: str, *, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with what stands between the two marks replaced.
 
     Raises:
         RequestError: the marks are not there once each and in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not begin or not end or marks[0] in rest or marks[1] in before + after:
         raise RequestError(
-            f"the README needs one block from {BEGIN} to {END}", hint="put the two lines where the table belongs"
+            f"the README needs one block from {marks[0]} to {marks[1]}", hint="put the two lines where the table belongs"
         )
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return f"{before}{marks[0]}\n{table}\n{marks[1]}{after}"
 
 
 def _read(path: Path) -> str:

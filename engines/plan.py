@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime.specs import Precision, StageSpec
+from runtime.stages import NETWORKS, networks
+from runtime.variants import Variant
 
 if TYPE_CHECKING:
     import onnx
@@ -36,11 +38,11 @@ class TargetPlan:
         return self.networks["transformer"].precisions
 
 
-def network_precisions(plan: TargetPlan, asked: Precision | None) -> dict[str, Precision]:
-    """The precision of each network when `asked` is asked for: networks that lack it keep their default."""
+def network_precisions(plan: TargetPlan, variant: Variant, asked: Precision | None) -> dict[str, Precision]:
+    """The precision of each of a variant's networks when `asked` is asked for: networks that lack it keep their default."""
     return {
-        name: asked if asked is not None and asked in network.precisions else network.precisions[0]
-        for name, network in plan.networks.items()
+        name: asked if asked is not None and asked in plan.networks[name].precisions else plan.networks[name].precisions[0]
+        for name in networks(variant)
     }
 
 
@@ -69,6 +71,7 @@ def _compile_cuda_kernels(architecture: str) -> bytes:
 
 
 _ONNX_FP32 = NetworkPlan(precisions=(Precision.FP32,), suffix=".onnx", build_engine=_build_onnx)
+_CUDA_BF16 = NetworkPlan(precisions=(Precision.BF16,), suffix=".plan.json", build_engine=_build_cuda_plan)
 _TRACERS = ("torch", "onnx", "onnxscript")
 
 TARGETS = {
@@ -76,17 +79,16 @@ TARGETS = {
     for plan in (
         TargetPlan(
             name="cpu",
-            networks={"text_encoder": _ONNX_FP32, "transformer": _ONNX_FP32, "vae": _ONNX_FP32},
+            networks=dict.fromkeys(NETWORKS, _ONNX_FP32),
             tools=_TRACERS,
         ),
         TargetPlan(
             name="cuda",
             networks={
-                "text_encoder": _ONNX_FP32,
+                **dict.fromkeys(NETWORKS, _CUDA_BF16),
                 "transformer": NetworkPlan(
                     precisions=(Precision.BF16, Precision.FP8), suffix=".plan.json", build_engine=_build_cuda_plan
                 ),
-                "vae": _ONNX_FP32,
             },
             tools=(*_TRACERS, "cuda-core", "nvidia-cuda-nvrtc"),
             architectures=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),

@@ -14,7 +14,7 @@ from runtime.geometry import check_size
 from runtime.manifest import SCHEMA_VERSION, Manifest, WeightFile
 from runtime.report import peak_memory_bytes
 from runtime.schedulers import Conventions, DiffusersScheduler, parse_scheduler_config
-from runtime.stages import NETWORKS, network_components, network_stages
+from runtime.stages import network_components, network_stages, networks
 from runtime.variants import VARIANTS, Variant
 from runtime.version import VERSION
 
@@ -75,11 +75,11 @@ def _build(
         {
             (precision, network, component)
             for plan in plans
-            for network, precision in network_precisions(plan, request.precision).items()
+            for network, precision in network_precisions(plan, variant, request.precision).items()
             for component in network_components(variant, network)
         }
     )
-    stages = sum(len(network_stages(variant, network)) for network in NETWORKS)
+    stages = sum(len(network_stages(variant, network)) for network in networks(variant))
     total = sum(stages + len(architectures(plan, request.architectures)) for plan in plans)
     total += len(packs) + 1 if checkpoint else 0
     builder = Builder(store, request, variant, checkpoint, total=total, on_event=on_event)

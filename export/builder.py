@@ -20,12 +20,13 @@ from runtime.errors import BuildError
 from runtime.geometry import SizeRange
 from runtime.manifest import Artefact, Target, WeightFile
 from runtime.precision import in_precision
-from runtime.specs import DType, Precision, StageSpec
-from runtime.stages import NETWORKS, network_arch, network_blocks, network_stages
-from runtime.stages.text_encoder import TOKEN_EMBEDDING
+from runtime.specs import Precision, StageSpec
+from runtime.stages import network_arch, network_stages, networks
 from runtime.variants import Variant
 
 if TYPE_CHECKING:  # torch is loaded only when a checkpoint is opened or a stage must really be traced
+    import onnx
+
     from export.checkpoint import Checkpoint
 
 _ENGINE_SOURCES = (
@@ -85,13 +86,14 @@ class Builder:
         on_event: Callable[[BuildEvent], None],
     ) -> None:
         self.built = self.reused = 0
+        self._graphs: dict[str, onnx.ModelProto] = {}
         self._store = store
         self._request, self._variant, self._checkpoint = request, variant, checkpoint
         self._total, self._on_event = total, on_event
 
     def target(self, plan: TargetPlan) -> Target:
         """Every stage's engine of one target, and its kernels."""
-        precisions = network_precisions(plan, self._request.precision)
+        precisions = network_precisions(plan, self._variant, self._request.precision)
         versions = {name: _tool_version(name, plan) for name in plan.tools}
         facts: dict[str, object] = {
             "target": plan.name,
@@ -103,7 +105,7 @@ class Builder:
             sizes=self._request.sizes,
             engines={
                 stage.name: self._engine(plan, stage, precisions[network], facts)
-                for network in NETWORKS
+                for network in networks(self._variant)
                 for stage in network_stages(self._variant, network)
             },
             kernels={
@@ -115,14 +117,10 @@ class Builder:
 
     def weights(self, network: str, component: str, precision: Precision) -> WeightFile:
         """One component's weights in one precision."""
-        from export.pack import PackedTensor, pack_plan, write_weights
+        from export.pack import weight_plan, write_weights
 
         assert self._checkpoint is not None
-        stages = [in_precision(stage, precision) for stage in network_stages(self._variant, network)]
-        plan = pack_plan(stages, num_blocks=network_blocks(self._variant, network))
-        if network == "text_encoder":
-            table = (self._variant.text_encoder.vocab_size, self._variant.text_encoder.dim)
-            plan.append(PackedTensor(TOKEN_EMBEDDING, (TOKEN_EMBEDDING,), table, DType.F32))
+        plan = weight_plan(self._variant, network, precision)
         source = self._checkpoint.components[component]
 
         def build(file: Path) -> dict[str, str]:
@@ -153,13 +151,19 @@ class Builder:
         network = plan.networks[stage.network]
 
         def build(file: Path) -> None:
-            from export.graphs import stage_graph
-
-            file.write_bytes(network.build_engine(stage_graph(self._variant, stage), in_precision(stage, precision)))
+            file.write_bytes(network.build_engine(self._graph(stage), in_precision(stage, precision)))
 
         arch = dataclasses.asdict(network_arch(self._variant, stage.network))
         key = content_key(stage=dataclasses.asdict(stage), arch=arch, precision=precision, **facts)
         return self._artefact(f"engines/{plan.name}/{stage.name}{network.suffix}", key=key, build=build).file
+
+    def _graph(self, stage: StageSpec) -> "onnx.ModelProto":
+        """A stage's graph, traced once for all targets."""
+        if stage.name not in self._graphs:
+            from export.graphs import stage_graph
+
+            self._graphs[stage.name] = stage_graph(self._variant, stage)
+        return self._graphs[stage.name]
 
     def _kernels(self, plan: TargetPlan, architecture: str, facts: Mapping[str, object]) -> Artefact:
         compile_kernels = plan.compile_kernels

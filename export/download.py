@@ -23,8 +23,7 @@ _ORIGINAL_PATTERNS = (
     *(f"{folder}/{name}" for folder in ("high_noise_model", "low_noise_model") for name in _WEIGHTS),
     "models_t5_*.pth",
     "models_t5_*.safetensors",
-    "Wan2.1_VAE.pth",
-    "Wan2.1_VAE.safetensors",
+    *(f"{name}.{ending}" for name in ("models_clip_*", "Wan2.[12]_VAE") for ending in ("pth", "safetensors")),
     "google/umt5-xxl/tokenizer.json",
 )
 _DIFFUSERS_PATTERNS = (
@@ -32,6 +31,10 @@ _DIFFUSERS_PATTERNS = (
     "text_encoder/config.json",
     "text_encoder/model*.safetensors",
     "text_encoder/model*.safetensors.index*.json",
+    "image_encoder/config.json",
+    "image_encoder/model*.safetensors",
+    "image_encoder/model*.safetensors.index*.json",
+    "image_processor/preprocessor_config.json",
     "tokenizer/tokenizer.json",
     "scheduler/scheduler_config.json",
 )

@@ -6,6 +6,7 @@ import onnx
 import torch
 from torch import nn
 
+from export.modules.image_encoder import IMAGE_ENCODER_MODULES
 from export.modules.text_encoder import TEXT_ENCODER_MODULES
 from export.modules.transformer import TRANSFORMER_MODULES
 from export.modules.vae import VAE_MODULES
@@ -14,7 +15,12 @@ from runtime.specs import StageSpec
 from runtime.stages import network_arch
 from runtime.variants import Variant
 
-_MODULES: dict[str, Callable[..., nn.Module]] = {**TEXT_ENCODER_MODULES, **TRANSFORMER_MODULES, **VAE_MODULES}
+_MODULES: dict[str, Callable[..., nn.Module]] = {
+    **TEXT_ENCODER_MODULES,
+    **IMAGE_ENCODER_MODULES,
+    **TRANSFORMER_MODULES,
+    **VAE_MODULES,
+}
 
 
 def stage_graph(variant: Variant, stage: StageSpec) -> onnx.ModelProto:

@@ -15,11 +15,15 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from export.trace import TORCH_DTYPES
 from runtime.errors import ExportError
-from runtime.precision import FP8_MAX, weight_of_scales
-from runtime.specs import DType, StageSpec
+from runtime.precision import FP8_MAX, in_precision, weight_of_scales
+from runtime.specs import DType, Precision, StageSpec
+from runtime.stages import network_blocks, network_stages
+from runtime.stages.text_encoder import TOKEN_EMBEDDING
+from runtime.variants import Variant
 
 
 class PackSource(Protocol):
@@ -33,6 +37,7 @@ class PackSource(Protocol):
 _FUSED = {
     "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
     "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
+    "cross_attn.kv_img": ("cross_attn.k_img", "cross_attn.v_img"),
     "attn.qkv": ("attn.q", "attn.k", "attn.v"),
 }
 _HEADER_ALIGNMENT = 64
@@ -44,6 +49,7 @@ class PackedTensor:
     """One weight of the bundle: the checkpoint tensors it is made of, joined along the first axis and reshaped.
 
     In FP8 each row is divided by its scale; `row_scales` marks the tensor that holds those scales instead of the weight.
+    `channels_last` (see `TensorSpec`) moves axis 1 to the end, and pads it and the first one with zeros to what `shape` says.
     """
 
     name: str
@@ -51,6 +57,7 @@ class PackedTensor:
     shape: tuple[int, ...]
     dtype: DType
     row_scales: bool = False
+    channels_last: bool = False
 
 
 def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTensor]:
@@ -62,9 +69,27 @@ def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTen
                 name = stage.weight_name(weight.name, block)
                 shape = tuple(axis for axis in weight.shape if isinstance(axis, int))
                 scaled = weight_of_scales(name)
-                packed = PackedTensor(name, _sources(scaled or name), shape, weight.dtype, row_scales=scaled is not None)
+                packed = PackedTensor(
+                    name,
+                    _sources(scaled or name),
+                    shape,
+                    weight.dtype,
+                    row_scales=scaled is not None,
+                    channels_last=weight.channels_last,
+                )
                 plan.setdefault(name, packed)
     return list(plan.values())
+
+
+def weight_plan(variant: Variant, network: str, precision: Precision) -> list[PackedTensor]:
+    """Everything a weight file of one network holds: what its stages declare, and what the host reads itself."""
+    stages = [in_precision(stage, precision) for stage in network_stages(variant, network)]
+    plan = pack_plan(stages, num_blocks=network_blocks(variant, network))
+    if network == "text_encoder":
+        table = (variant.text_encoder.vocab_size, variant.text_encoder.dim)
+        dtype = DType.F32 if precision is Precision.FP32 else DType.BF16
+        plan.append(PackedTensor(TOKEN_EMBEDDING, (TOKEN_EMBEDDING,), table, dtype))
+    return plan
 
 
 def write_weights(
@@ -85,7 +110,7 @@ def write_weights(
     digests: dict[str, str] = {}
     with path.open("wb") as file:
         whole = hashlib.sha256()
-        _write(file, _header(plan), whole)
+        _write(file, safetensors_header(plan), whole)
         for packed in plan:
             digest = hashlib.sha256()
             for data in _chunks(source, packed):
@@ -104,7 +129,8 @@ def _sources(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _header(plan: Iterable[PackedTensor]) -> bytes:
+def safetensors_header(plan: Iterable[PackedTensor]) -> bytes:
+    """The beginning of a file that holds these tensors in this order, padded so that they start aligned in its mapping."""
     header: dict[str, object] = {}
     at = 0
     for packed in plan:
@@ -112,12 +138,15 @@ def _header(plan: Iterable[PackedTensor]) -> bytes:
         header[packed.name] = {"dtype": packed.dtype.value, "shape": packed.shape, "data_offsets": (at, at + size)}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)  # tensors then start aligned in the mapping
+    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
 def _chunks(source: PackSource, packed: PackedTensor) -> Iterator[memoryview]:
     """The bytes of a packed tensor, slice by slice: joining along the first axis and reshaping both leave their order alone."""
+    if packed.channels_last:
+        yield _channels_last(source, packed)
+        return
     shapes = [source.shape(name) for name in packed.sources]
     found = sum(shape[0] if packed.row_scales else math.prod(shape) for shape in shapes)
     if found != math.prod(packed.shape):
@@ -136,6 +165,23 @@ def _chunks(source: PackSource, packed: PackedTensor) -> Iterator[memoryview]:
                 )
             data: NDArray[np.uint8] = _converted(values, packed).contiguous().view(torch.uint8).numpy()
             yield data.data
+
+
+def _channels_last(source: PackSource, packed: PackedTensor) -> memoryview:
+    """The bytes of a convolution's weight or bias, read whole: the largest of a VAE's is 226 MiB in float32."""
+    (name,) = packed.sources
+    values = source.read(name).to(torch.float32)
+    if values.ndim > 1:
+        values = values.movedim(1, -1)
+    margins = [wanted - given for given, wanted in zip(values.shape, packed.shape, strict=True)]
+    if min(margins) < 0 or any(margins[1:-1]) or not torch.isfinite(values).all():
+        raise ExportError(
+            f"{name}: the checkpoint has {list(source.shape(name))}, the engines want {list(packed.shape)}, and finite values"
+        )
+    sides = [side for margin in reversed(margins) for side in (0, margin)]
+    padded = functional.pad(values, sides).to(TORCH_DTYPES[packed.dtype])
+    data: NDArray[np.uint8] = padded.contiguous().view(torch.uint8).numpy()
+    return data.data
 
 
 def _converted(values: torch.Tensor, packed: PackedTensor) -> torch.Tensor:

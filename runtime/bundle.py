@@ -139,4 +139,4 @@ def _schema_version(text: str) -> int | None:
     except (ValueError, RecursionError):
         return None
     version = data.get("schema_version") if isinstance(data, dict) else None
-    return version if isinstance(version, int) else None
+    return version if type(version) is int else None

@@ -1,6 +1,6 @@
 """A network at run time: its engines opened together, its weights bound by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -41,10 +41,12 @@ class Component:
             self.close()
             raise
 
-    def run(self, stage: str, inputs: Mapping[str, DeviceTensor], *, block: int | None = None) -> dict[str, DeviceTensor]:
-        """Run one stage with its weights bound; returns its outputs by name."""
+    def run(
+        self, stage: str, inputs: Mapping[str, DeviceTensor], *, block: int | None = None, consumed: Collection[str] = ()
+    ) -> dict[str, DeviceTensor]:
+        """Run one stage with its weights bound; returns its outputs by name. `consumed`: inputs that nobody uses afterwards."""
         weights = self._weights.stage_weights(self._stages[stage], block)
-        return self._engines[stage].run({**inputs, **weights})
+        return self._engines[stage].run({**inputs, **weights}, consumed=consumed)
 
     def close(self) -> None:
         for engine in self._engines.values():

@@ -8,11 +8,12 @@ from itertools import groupby
 
 import numpy as np
 
+from runtime.conditioning import NO_CONDITIONS, Conditions
 from runtime.errors import CancelledError, EngineError
 from runtime.geometry import Float32
 from runtime.schedulers import Schedule, Solver
 from runtime.schedulers.schedule import NUM_TRAIN_TIMESTEPS
-from runtime.transformer import TextKeyValues, Transformer
+from runtime.transformer import Transformer
 from runtime.variants import Expert
 
 
@@ -49,15 +50,17 @@ def denoise(
     open_expert: OpenExpert,
     prompt_embeds: Float32,
     negative_embeds: Float32 | None,
+    conditions: Conditions = NO_CONDITIONS,
     on_step: Callable[[StepEvent], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Float32:
     """Run all steps of a schedule.
 
     Args:
-        latents: initial noise, float32 [C, T, h, w].
+        latents: initial noise, float32 [C, T, h, w], or what the schedule's first sigma leaves of a video under it.
         experts: in the variant's order; one open at a time.
         prompt_embeds, negative_embeds: [len, text_dim]; the negative one may be None when no expert needs it.
+        conditions: the same for the guided and the unguided pass, as in every peer.
 
     Returns:
         The denoised latents, float32 [C, T, h, w].
@@ -68,6 +71,7 @@ def denoise(
     """
     num_steps = len(schedule.timesteps)
     table = [expert for expert, _ in experts]
+    latents = conditions.impose(latents)
     steps = enumerate(float(timestep) for timestep in schedule.timesteps)
     for chosen, expert_steps in groupby(steps, key=lambda step: select_expert(step[1], table)):
         expert, guidance = experts[chosen]
@@ -77,12 +81,16 @@ def denoise(
             if guidance.unguided_pass:
                 assert negative_embeds is not None
                 prompts.append(transformer.encode_text(negative_embeds))
+            features = conditions.image_features
+            image = None if features is None else transformer.encode_image(features)
             for index, timestep in expert_steps:
                 if cancelled is not None and cancelled():
                     raise CancelledError(f"cancelled before step {index + 1} of {num_steps}")
                 started = time.perf_counter()
-                noise_pred = _guided(transformer, latents, timestep, prompts, guidance)
-                latents = solver.step(noise_pred, index, latents)
+                predictions = transformer.predict(
+                    conditions.model_input(latents), timestep, prompts, image=image, clean_frames=conditions.clean_frames
+                )
+                latents = conditions.impose(solver.step(_guided(predictions, guidance), index, latents))
                 if not np.isfinite(latents).all():
                     raise EngineError(
                         f"{expert.component}: the latents are no longer finite after step {index + 1} of {num_steps}",
@@ -109,10 +117,7 @@ def select_expert(timestep: float, experts: Sequence[Expert]) -> int:
     return next(reached, len(experts) - 1)
 
 
-def _guided(
-    transformer: Transformer, latents: Float32, timestep: float, prompts: Sequence[TextKeyValues], guidance: Guidance
-) -> Float32:
-    predictions = transformer.predict(latents, timestep, prompts)
+def _guided(predictions: Sequence[Float32], guidance: Guidance) -> Float32:
     if not guidance.unguided_pass:
         return predictions[0]
     guided, unguided = predictions

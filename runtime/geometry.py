@@ -73,6 +73,11 @@ def check_size(size: VideoSize, *, vae: VaeArch, transformer: TransformerArch) -
         raise RequestError(f"num_frames={size.num_frames}: at most {(MAX_POSITIONS - 1) * stride + 1}", hint="lower it")
 
 
+def token_pixels(vae: VaeArch, transformer: TransformerArch) -> int:
+    """Side of the square of pixels that one token stands for."""
+    return vae.spatial_stride * transformer.patch_size[1]
+
+
 def latent_shape(size: VideoSize, *, vae: VaeArch) -> tuple[int, int, int, int]:
     """Shape [z_dim, T, h, w] of the latents of a video."""
     frames = (size.num_frames - 1) // vae.temporal_stride + 1
@@ -88,15 +93,20 @@ def token_grid(latents_shape: tuple[int, ...], arch: TransformerArch) -> tuple[i
 def patchify(latents: Float32, arch: TransformerArch) -> Float32:
     """Latents [C, T, h, w] → patches [N, C·pt·ph·pw], tokens in row-major (time, height, width) order."""
     (frames, height, width), (pt, ph, pw) = token_grid(latents.shape, arch), arch.patch_size
-    cut = latents.reshape(-1, frames, pt, height, ph, width, pw)
-    return np.ascontiguousarray(cut.transpose(1, 3, 5, 0, 2, 4, 6).reshape(frames * height * width, -1))
+    patch_row = np.dtype((np.void, pw * latents.itemsize))  # moved as one: a third of the time
+    rows = np.ascontiguousarray(latents).view(patch_row)
+    cut = rows.reshape(-1, frames, pt, height, ph, width).transpose(1, 3, 5, 0, 2, 4)
+    return np.ascontiguousarray(cut).view(latents.dtype).reshape(frames * height * width, -1)
 
 
 def unpatchify(patches: Float32, grid: tuple[int, int, int], arch: TransformerArch) -> Float32:
     """Patches [N, pt·ph·pw·C], channel fastest, → [C, T, h, w]; the inverse layout of the head, not of `patchify`."""
     (frames, height, width), (pt, ph, pw) = grid, arch.patch_size
-    cut = patches.reshape(frames, height, width, pt, ph, pw, -1).transpose(6, 0, 3, 1, 4, 2, 5)
-    return np.ascontiguousarray(cut.reshape(-1, frames * pt, height * ph, width * pw))
+    cut = patches.reshape(frames, height, width, pt, ph, pw, -1)
+    latents = np.empty((cut.shape[-1], frames, pt, height, ph, width, pw), patches.dtype)
+    for x in range(pw):  # column by column of a patch: half the time of one transposition
+        latents[..., x] = cut[..., x, :].transpose(5, 0, 3, 1, 4, 2)
+    return latents.reshape(-1, frames * pt, height * ph, width * pw)
 
 
 def rope_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Float32, Float32]:

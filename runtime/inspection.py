@@ -5,10 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.backends import RUNTIME_TARGETS
-from runtime.bundle import check_hash, open_bundle
+import numpy as np
+
+from runtime.backends import RUNTIME_TARGETS, RuntimeTarget
+from runtime.bundle import Bundle, check_hash, open_bundle
+from runtime.errors import DeviceMemoryError, RequestError
 from runtime.manifest import Manifest, Target
+from runtime.memory import LIBRARY_BYTES, gib, plan_memory
+from runtime.needs import generation_needs
+from runtime.opening import Opener
+from runtime.request import GenerateRequest, resolve_request
 from runtime.stages import network_components
+from runtime.variants import Presence, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +31,7 @@ class TargetInspection:
     tool_versions: dict[str, str]
     obstacle: str | None
     note: str
+    memory: str | None  # what the default generation takes of the device's memory; None where it has none of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +58,8 @@ class Inspection:
             state = f"runs here{target.note}" if target.obstacle is None else f"does not run here: {target.obstacle}"
             size = f"{target.num_engines} engines, {target.engine_bytes / 1e6:.2f} MB"
             rows.append((f"target {target.name}", f"{target.precision}, sizes {target.sizes}, {size}; {state}"))
+            if target.memory is not None:
+                rows.append(("device memory", target.memory))
         rows += [("weights", f"{name}  {size / 1e6:.1f} MB") for name, size in self.weight_bytes.items()]
         verdict = (
             "yes" if self.runs_here else "no target runs here" if self.weight_bytes else "no: it holds engines only, no weights"
@@ -58,10 +69,14 @@ class Inspection:
         return [f"{name:<{width}}{value}" for name, value in rows]
 
 
-def inspect_bundle(folder: Path) -> Inspection:
+def inspect_bundle(folder: Path, *, vram: int | None = None) -> Inspection:
     """Describe a bundle from its manifest.
 
+    Args:
+        vram: bytes of device memory to plan the default generation for; None: as much as it takes.
+
     Raises:
+        RequestError: a budget of device memory, but no target that has any.
         BundleError: it cannot be opened.
     """
     bundle = open_bundle(folder)
@@ -77,9 +92,12 @@ def inspect_bundle(folder: Path) -> Inspection:
             tool_versions=target.tool_versions,
             obstacle=known[name].obstacle() if name in known else "this version of wanrt cannot run it",
             note=_memory_note(manifest, target),
+            memory=_device_memory(bundle, known[name], vram) if name in known else None,
         )
         for name, target in manifest.targets.items()
     )
+    if vram is not None and all(target.memory is None for target in targets):
+        raise RequestError("--vram: no target of this bundle has device memory of its own", hint="leave it out")
     weights = {
         f"{precision}/{name}": file.file.bytes for precision, files in manifest.weights.items() for name, file in files.items()
     }
@@ -93,6 +111,7 @@ def inspect_bundle(folder: Path) -> Inspection:
             "transformer": f"{dit.num_layers} blocks, width {dit.dim}, {dit.num_heads} heads, FFN {dit.ffn_dim}",
             "experts": ", ".join(f"{expert.component} from {expert.boundary}" for expert in variant.experts),
             "text encoder": f"{variant.text_encoder.num_layers} blocks, width {variant.text_encoder.dim}",
+            **_image_architecture(variant),
             "VAE": f"base {variant.vae.base_dim}, {variant.vae.z_dim} latent channels",
         },
         defaults={
@@ -103,6 +122,15 @@ def inspect_bundle(folder: Path) -> Inspection:
         weight_bytes=weights,
         runs_here=bool(weights) and any(target.obstacle is None for target in targets),
     )
+
+
+def _image_architecture(variant: Variant) -> dict[str, str]:
+    """What concerns images and videos: the image encoder, and what a request may or must bring."""
+    encoder, takes = variant.image_encoder, variant.conditioning
+    found = {} if encoder is None else {"image encoder": f"{encoder.num_blocks} blocks, width {encoder.dim}"}
+    inputs = {"image": takes.image, "last image": takes.last_image, "video": takes.video}
+    named = [f"{name} ({presence})" for name, presence in inputs.items() if presence is not Presence.NONE]
+    return found | ({"takes": ", ".join(named)} if named else {})
 
 
 def _memory_note(manifest: Manifest, target: Target) -> str:
@@ -121,6 +149,30 @@ def _memory_note(manifest: Manifest, target: Target) -> str:
     if max(sizes, default=0) <= memory:
         return ""
     return f", but slowly: {max(sizes) / 1e9:.1f} GB of weights do not fit its memory of {memory / 1e9:.1f} GB"
+
+
+def _device_memory(bundle: Bundle, target: RuntimeTarget, vram: int | None) -> str | None:
+    """The plan for a generation of the default size and with guidance; or why there is none."""
+    if target.rehearse is None:
+        return None
+    variant = bundle.manifest.variant
+    defaults, takes = variant.defaults, variant.conditioning
+    blank = np.zeros((defaults.height, defaults.width, 3), np.uint8)
+    request = GenerateRequest(
+        prompt="",
+        image=blank if takes.image is Presence.REQUIRED else None,
+        last_image=blank if takes.last_image is Presence.REQUIRED else None,
+    )
+    opener = Opener(bundle, target, reason="inspected", num_threads=0)
+    job = resolve_request(request, bundle.manifest, sizes=None, attention=target.attention)
+    needs = generation_needs(opener, job, target.rehearse)
+    least = LIBRARY_BYTES + max(need.least_bytes for need in needs)
+    whole = LIBRARY_BYTES + sum(need.weight_bytes for need in needs) + max(need.work_bytes for need in needs)
+    try:
+        plan = plan_memory(needs, budget_bytes=whole if vram is None else vram, fixed_bytes=LIBRARY_BYTES)
+    except DeviceMemoryError as error:
+        return error.message
+    return f"{job.size} runs in {gib(least)} or more; {plan}"
 
 
 def verify_bundle(folder: Path, *, on_file: Callable[[str], None] = lambda _: None) -> None:

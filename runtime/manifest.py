@@ -7,7 +7,7 @@ from runtime.schedulers import Conventions, DiffusersScheduler
 from runtime.specs import Precision
 from runtime.variants import Variant
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.backends import RUNTIME_TARGETS, BackendOptions, RuntimeTarget
+from runtime.backends import RUNTIME_TARGETS, BackendOptions, Rehearse, RuntimeTarget
+from runtime.backends.base import Session, StoredWeights
 from runtime.bundle import Bundle, check_hash
 from runtime.component import Component
 from runtime.errors import BundleError, EngineError, RequestError
 from runtime.manifest import Artefact, Target
 from runtime.precision import in_precision
-from runtime.stages import NETWORKS, network_blocks, network_components, network_stages
-from runtime.weights import WeightStore
+from runtime.specs import Precision, StageSpec
+from runtime.stages import network_blocks, network_components, network_stages, networks
 
 _MAX_THREADS = 1024
 
@@ -23,30 +24,75 @@ class Opener:
         reason: why this target was chosen; for people.
     """
 
-    def __init__(self, bundle: Bundle, runtime_target: RuntimeTarget, *, reason: str, num_threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, runtime_target: RuntimeTarget, *, reason: str, num_threads: int, vram: int | None = None
+    ) -> None:
         self.bundle = bundle
         self.name = runtime_target.name
         self.reason = reason
         self.target: Target = bundle.manifest.targets[runtime_target.name]
         self._runtime_target = runtime_target
-        self._options = BackendOptions(num_threads=num_threads, read_kernels=self._read_kernels)
+        self._options = BackendOptions(num_threads=num_threads, read_kernels=self._read_kernels, vram=vram)
+        self._session: Session | None = None
+
+    @property
+    def session(self) -> Session:
+        """The target's device, opened when first needed.
+
+        Raises:
+            EngineError: it cannot be opened.
+        """
+        if self._session is None:
+            self._session = self._runtime_target.open_session(self._options)
+        return self._session
+
+    @property
+    def attention(self) -> tuple[Precision, ...]:
+        """Precisions that self-attention can be asked for, the default first."""
+        return self._runtime_target.attention
+
+    @property
+    def rehearse(self) -> Rehearse | None:
+        """Counts the device memory of some work; None where the device has no memory of its own."""
+        return self._runtime_target.rehearse
+
+    def close(self) -> None:
+        """Release the device and everything on it."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     @contextmanager
-    def network(self, network: str, component: str | None = None) -> Iterator[tuple[Component, WeightStore]]:
+    def network(self, network: str, component: str | None = None) -> Iterator[tuple[Component, StoredWeights]]:
         """A network's engines with the weights of one component (the network's own when None), closed on leaving.
 
         Raises:
             BundleError: engines or weights are missing, or do not fit the architecture.
             EngineError: the backend cannot open an engine.
         """
-        variant, precision = self.bundle.manifest.variant, self.target.precisions[network]
-        stages = [in_precision(stage, precision) for stage in network_stages(variant, network)]
-        file = self._weight_file(network, component or network)
-        engines = {stage.name: self._checked(self._engine(stage.name)) for stage in stages}
-        with self._runtime_target.open_backend(network, self._options) as backend:
-            weights = WeightStore(file, stages, backend, num_blocks=network_blocks(variant, network))
-            with Component(backend, stages, engines, weights) as opened:
-                yield opened, weights
+        variant, component = self.bundle.manifest.variant, component or network
+        stages = self.stages(network)
+        file = self._weight_file(network, component)
+        engines = self.engine_files(network)
+        with (
+            self.session.backend(network) as backend,
+            self.session.weights(component, file, stages, num_blocks=network_blocks(variant, network)) as weights,
+            Component(backend, stages, engines, weights) as opened,
+        ):
+            yield opened, weights
+
+    def stages(self, network: str) -> tuple[StageSpec, ...]:
+        """A network's stages in the precision of this target."""
+        precision = self.target.precisions[network]
+        return tuple(in_precision(stage, precision) for stage in network_stages(self.bundle.manifest.variant, network))
+
+    def engine_files(self, network: str) -> dict[str, Path]:
+        """Engine file of each of a network's stages, their hashes compared.
+
+        Raises:
+            BundleError: one is missing or not what the manifest says.
+        """
+        return {stage.name: self._checked(self._engine(stage.name)) for stage in self.stages(network)}
 
     def tokenizer_file(self) -> Path:
         """Path of the bundle's tokenizer.
@@ -69,7 +115,7 @@ class Opener:
             raise _no_weights(self.bundle, "engines only, without weights")
         if self.bundle.manifest.tokenizer is None:
             raise _no_weights(self.bundle, "without a tokenizer")
-        for network in NETWORKS:
+        for network in networks(variant):
             for stage in network_stages(variant, network):
                 self._engine(stage.name)
             for component in network_components(variant, network):
@@ -97,11 +143,11 @@ class Opener:
         return engine
 
 
-def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0) -> Opener:
+def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0, vram: int | None = None) -> Opener:
     """The best of a bundle's targets that runs on this machine, or the one named.
 
     Raises:
-        RequestError: no such number of threads.
+        RequestError: no such number of threads, or a budget of device memory for a target that has none.
         EngineError: the bundle lacks the target named, or this machine runs none of those it has; never falls back silently.
     """
     if not 0 <= num_threads <= _MAX_THREADS:
@@ -118,7 +164,12 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0) -
         obstacle = candidate.obstacle()
         if obstacle is None:
             reason = "asked for" if target else f"the best of {', '.join(built)} that runs here"
-            return Opener(bundle, candidate, reason=reason, num_threads=num_threads)
+            if vram is not None and candidate.rehearse is None:
+                raise RequestError(
+                    f"--vram: target {candidate.name} has no device memory of its own",
+                    hint="leave --vram out, or choose another --target",
+                )
+            return Opener(bundle, candidate, reason=reason, num_threads=num_threads, vram=vram)
         obstacles.append(f"{candidate.name}: {obstacle}")
     raise EngineError(
         f"{bundle.folder}: this machine runs none of its targets: {'; '.join(obstacles) or ', '.join(built)}",

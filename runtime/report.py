@@ -13,20 +13,38 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import MemoryUse
 from runtime.opening import Opener
 from runtime.request import ResolvedRequest
 from runtime.version import VERSION
 
 T = TypeVar("T")
 _END = object()
-_DISTRIBUTIONS = ("numpy", "onnxruntime", "tokenizers", "av", "ftfy")
+_DISTRIBUTIONS = ("numpy", "onnxruntime", "tokenizers", "av", "ftfy", "pillow")
 
 
 @dataclass(slots=True)
 class StageClock:
-    """Seconds spent in each named stage of a generation."""
+    """Seconds spent in each named stage of a generation, and in each denoising step.
 
+    Args:
+        opening_seconds: what opening the pipeline took, if this is its first generation.
+    """
+
+    opening_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    first_step_seconds: float | None = None
+    _started: float = field(default_factory=time.perf_counter)
+
+    def step(self, seconds: float) -> None:
+        """A denoising step that took so long has just ended."""
+        if not self.step_seconds:
+            self.first_step_seconds = self.opening_seconds + time.perf_counter() - self._started
+        self.step_seconds.append(seconds)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -50,7 +68,11 @@ class StageClock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was made, from what, by what, and at what cost."""
+    """What was made, from what, by what, and at what cost.
+
+    `step_seconds` has one number for each denoising step. `first_step_seconds` is what came before the second one: opening the
+    bundle, unless an earlier generation found it open, and everything from the request to the end of the first step.
+    """
 
     request: dict[str, Any]
     bundle_sha256: str
@@ -59,7 +81,10 @@ class Report:
     precision: str
     versions: dict[str, str]
     stage_seconds: dict[str, float]
+    step_seconds: tuple[float, ...]
+    first_step_seconds: float | None
     peak_memory_bytes: int | None
+    device_memory: MemoryUse | None
     warnings: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -76,7 +101,10 @@ def make_report(opener: Opener, job: ResolvedRequest, clock: StageClock, *, warn
         precision=opener.target.precision.value,
         versions=_versions(),
         stage_seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        step_seconds=tuple(round(seconds, 4) for seconds in clock.step_seconds),
+        first_step_seconds=None if clock.first_step_seconds is None else round(clock.first_step_seconds, 3),
         peak_memory_bytes=peak_memory_bytes(),
+        device_memory=opener.session.memory_use(),
         warnings=warnings,
     )
 
@@ -91,14 +119,24 @@ def request_facts(job: ResolvedRequest) -> dict[str, Any]:
         "num_frames": job.size.num_frames,
         "fps": job.fps,
         "num_steps": job.num_steps,
+        "strength": job.strength,
         "shift": job.shift,
         "guidance": [guidance.scale for guidance in job.guidance],
         "scheduler": job.scheduler.value,
         "conventions": job.conventions.value,
         "seed": job.seed if job.latents is None else None,
-        "initial_latents_sha256": None if job.latents is None else hashlib.sha256(job.latents.tobytes()).hexdigest(),
+        "initial_latents_sha256": _sha256(job.latents),
+        "image_sha256": _sha256(job.image),
+        "last_image_sha256": _sha256(job.last_image),
+        "video_sha256": _sha256(None if job.video is None else job.video[: job.size.num_frames]),
         "tile": dataclasses.asdict(job.tile) if job.tile else None,
+        "attention": job.attention.value,
     }
+
+
+def _sha256(array: NDArray[Any] | None) -> str | None:
+    """Hash of an array's elements: an image's is of its decoded pixels, not of its file."""
+    return None if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def peak_memory_bytes() -> int | None:

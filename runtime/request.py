@@ -5,6 +5,7 @@ before any weight is read.
 """
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,16 +14,21 @@ import numpy as np
 from runtime.denoise import Guidance
 from runtime.errors import RequestError
 from runtime.geometry import Float32, SizeRange, VideoSize, check_size, latent_shape
+from runtime.images import Pixels
 from runtime.manifest import Manifest
+from runtime.request_inputs import DEFAULT_STRENGTH, check_inputs, skipped_steps, video_size
 from runtime.schedulers import Conventions, SchedulerName, SolverSettings
 from runtime.schedulers.schedule import NUM_TRAIN_TIMESTEPS
+from runtime.specs import Precision
 from runtime.tiling import TileSpec
+from runtime.variants import Defaults
 
 T = TypeVar("T")
 MAX_STEPS = NUM_TRAIN_TIMESTEPS
 MAX_SEED = 2**64 - 1
 MAX_SCALE = 1000.0
 """No shift (or its inverse) and no guidance scale comes near; beyond, float32 latents overflow."""
+_LOW_RESOLUTION = 832 * 480
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +39,14 @@ class GenerateRequest:
         negative_prompt: "" for an empty one; None for the default of the conventions.
         guidance: one scale for all experts, or one per expert, the high-noise expert's first.
         seed: of the initial noise; None draws one.
+        width, height: with an image, left out together, they follow from its aspect.
+        image, last_image: first and last frame, uint8 RGB [H, W, 3], for variants that take them.
+        video: uint8 RGB [T, H, W, 3] to begin with instead of pure noise, for variants that take one.
+        strength: how much of the denoising a video goes through: 1 leaves little of it.
         latents: initial noise, float32 [z_dim, T, h, w], instead of a seed's.
         conventions: whose behaviour to follow where the peers differ; None follows the checkpoint's layout.
-        tile: decode the frames in tiles of this size.
+        tile: encode and decode frames in tiles of this size.
+        attention: precision of self-attention's products, of those that the target has.
     """
 
     prompt: str
@@ -48,9 +59,14 @@ class GenerateRequest:
     guidance: tuple[float, ...] | None = None
     scheduler: SchedulerName | None = None
     seed: int | None = None
+    image: Pixels | None = None
+    last_image: Pixels | None = None
+    video: Pixels | None = None
+    strength: float | None = None
     latents: Float32 | None = None
     conventions: Conventions | None = None
     tile: TileSpec | None = None
+    attention: Precision | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,22 +78,36 @@ class ResolvedRequest:
     size: VideoSize
     fps: int
     num_steps: int
+    skipped_steps: int  # left out at the beginning, for a video that is not pure noise
     shift: float
     guidance: tuple[Guidance, ...]  # one per expert
     scheduler: SchedulerName
     solver_settings: SolverSettings
     seed: int
+    image: Pixels | None
+    last_image: Pixels | None
+    video: Pixels | None
+    strength: float | None
     latents: Float32 | None
     latents_shape: tuple[int, int, int, int]
     conventions: Conventions
     tile: TileSpec | None
+    encoder_fold: int  # pixels that a pixel of `tile` stands for in the VAE's encoder
+    attention: Precision
 
 
-def resolve_request(request: GenerateRequest, manifest: Manifest, *, sizes: SizeRange | None) -> ResolvedRequest:
+def resolve_request(
+    request: GenerateRequest,
+    manifest: Manifest,
+    *,
+    sizes: SizeRange | None,
+    attention: Sequence[Precision] = (Precision.FP32,),
+) -> ResolvedRequest:
     """Fill in defaults and check everything that can be checked without weights.
 
     Args:
         sizes: what the chosen target's engines take; None for any.
+        attention: the precisions of attention that the target has, its default first.
 
     Raises:
         RequestError: the first thing that cannot be met, with what is possible.
@@ -86,11 +116,8 @@ def resolve_request(request: GenerateRequest, manifest: Manifest, *, sizes: Size
     _check_text(request.prompt, "prompt")
     _check_text(request.negative_prompt or "", "negative_prompt")
     conventions = request.conventions or manifest.conventions
-    size = VideoSize(
-        width=_or(request.width, defaults.width),
-        height=_or(request.height, defaults.height),
-        num_frames=_or(request.num_frames, defaults.num_frames),
-    )
+    check_inputs(request, variant, conventions)
+    size = video_size(request, variant, conventions)
     check_size(size, vae=variant.vae, transformer=variant.transformer)
     if sizes is not None and not sizes.contains(size):
         raise RequestError(f"size {size}: these engines take {sizes}", hint="rebuild with a wider --size and --frames")
@@ -100,21 +127,31 @@ def resolve_request(request: GenerateRequest, manifest: Manifest, *, sizes: Size
     # A diffusers folder brings its scheduler; its fine settings hold for that one and not for another that is asked for instead.
     own = manifest.scheduler if conventions is Conventions.DIFFUSERS else None
     scheduler = request.scheduler or (own.name if own else SchedulerName(defaults.scheduler))
+    num_steps = _check_steps(_or(request.num_steps, defaults.num_steps))
+    strength = _or(request.strength, DEFAULT_STRENGTH) if request.video is not None else None
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=_or(request.negative_prompt, defaults.negative_prompt if conventions is Conventions.ORIGINAL else ""),
         size=size,
         fps=defaults.fps,
-        num_steps=_check_steps(_or(request.num_steps, defaults.num_steps)),
-        shift=_check_shift(_or(request.shift, own.shift if own else defaults.shift)),
+        num_steps=num_steps,
+        skipped_steps=0 if strength is None else skipped_steps(num_steps, strength),
+        shift=_check_shift(_or(request.shift, own.shift if own else _default_shift(defaults, size))),
         guidance=_guidance(_or(request.guidance, defaults.guidance), len(variant.experts), conventions),
         scheduler=scheduler,
         solver_settings=own.settings if own and own.name is scheduler else SolverSettings(),
         seed=_check_seed(secrets.randbits(32) if request.seed is None else request.seed),
+        image=request.image,
+        last_image=request.last_image,
+        video=request.video,
+        strength=strength,
         latents=_check_latents(request.latents, shape),
         latents_shape=shape,
         conventions=conventions,
         tile=request.tile,
+        # diffusers cuts what is left of the frames after folding
+        encoder_fold=variant.vae.patch_size if conventions is Conventions.DIFFUSERS else 1,
+        attention=_check_attention(_or(request.attention, attention[0]), attention),
     )
 
 
@@ -122,9 +159,23 @@ def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
+def _default_shift(defaults: Defaults, size: VideoSize) -> float:
+    low = defaults.low_resolution_shift
+    return low if low is not None and size.width * size.height <= _LOW_RESOLUTION else defaults.shift
+
+
 def _check_text(text: str, name: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):  # what bytes become that are not UTF-8
         raise RequestError(f"{name} is not valid UTF-8 text", hint="give it in UTF-8")
+
+
+def _check_attention(asked: Precision, possible: Sequence[Precision]) -> Precision:
+    if asked not in possible:
+        raise RequestError(
+            f"attention in {asked}: this target has {', '.join(possible)}",
+            hint="leave --attention out, or choose another --target",
+        )
+    return asked
 
 
 def _check_steps(num_steps: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from runtime.denoise import StepEvent
 from runtime.errors import RequestError
 from runtime.geometry import Float32
+from runtime.memory import MemoryPlan
 from runtime.pipeline import VideoPipeline
 from runtime.report import Report, request_facts
 from runtime.request import GenerateRequest
@@ -43,6 +44,7 @@ def run_to_file(
     request: RunRequest,
     *,
     on_step: Callable[[StepEvent], None] | None = None,
+    on_memory: Callable[[MemoryPlan], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> RunOutcome:
     """Generate a video into a file.
@@ -61,6 +63,7 @@ def run_to_file(
             replace(request.generate, seed=job.seed),
             on_step=on_step,
             on_latents=None if save is None else lambda latents: _save_latents(save, latents),
+            on_memory=on_memory,
             cancelled=cancelled,
             writer=writer,
         )

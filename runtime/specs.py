@@ -47,6 +47,8 @@ class TensorSpec:
     name: str
     shape: tuple[Axis, ...]
     dtype: DType = DType.F32
+    channels_last: bool = False
+    """Declared by a target: the channels, axis 1 of a weight and axis 0 of all else, lie last, padded with zeros to a multiple of 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,8 @@ class StageSpec:
     outputs: tuple[TensorSpec, ...]
     per_block: bool = False
     """The same engine runs once per block, each time with the weights of `blocks.{i}.`."""
+    per_prompt: bool = False
+    """Runs once per prompt or image and not at every step: of all weights, its are the last worth keeping on a device."""
 
     def weight_name(self, weight: str, block: int | None) -> str:
         """Name of `weight` inside the component's safetensors file."""

@@ -22,7 +22,7 @@ def encode_prompts(
 
     Args:
         component: the opened text encoder.
-        token_embedding: [vocab_size, dim]; only the prompts' rows are read.
+        token_embedding: [vocab_size, dim], float32 or, as uint16, bf16; only the prompts' rows are read.
         prompts: token ids [S] of each, the end-of-sequence token included, no padding.
 
     Returns:
@@ -43,13 +43,22 @@ def encode_prompts(
         for token_ids in prompts
     ]
     position_buckets = [backend.to_device(table) for table in buckets]
-    hidden = [backend.to_device(token_embedding[token_ids].astype(np.float32, copy=False)) for token_ids in prompts]
+    hidden = [backend.to_device(_float32_rows(token_embedding, token_ids)) for token_ids in prompts]
     for block in range(arch.num_layers):
         for i, positions in enumerate(position_buckets):
             inputs = {"hidden_states": hidden[i], "position_buckets": positions}
             hidden[i] = component.run("text_encoder.block", inputs, block=block)["next_hidden_states"]
     outputs = [component.run("text_encoder.final_norm", {"hidden_states": states}) for states in hidden]
     return [backend.to_host(output["prompt_embeds"]) for output in outputs]
+
+
+def _float32_rows(table: Array, rows: _Int64) -> _Float32:
+    gathered = table[rows]
+    if gathered.dtype != np.uint16:
+        return gathered.astype(np.float32, copy=False)
+    bits = gathered.astype(np.uint32)
+    bits <<= 16  # bf16's bits are the upper half of a float32's
+    return bits.view(np.float32)
 
 
 def relative_position_buckets(num_tokens: int, *, num_buckets: int, max_distance: int) -> _Int64:
@@ -65,6 +74,9 @@ def relative_position_buckets(num_tokens: int, *, num_buckets: int, max_distance
     logs = np.log(np.maximum(distances, 1) / np.float64(exact)).astype(np.float32)
     ranges = logs / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     by_distance = np.where(distances < exact, distances, np.minimum(exact + ranges.astype(np.int64), half - 1))
-    relative = distances[None, :] - distances[:, None]  # key - query
-    buckets: _Int64 = by_distance[np.abs(relative)] + np.where(relative > 0, half, 0)
+    relative = np.arange(1 - num_tokens, num_tokens)  # key - query
+    by_relative = by_distance[np.abs(relative)] + np.where(relative > 0, half, 0)
+    # query i meets its keys at -i … S - 1 - i: its row is a window of them, one further to the left each time
+    windows = np.lib.stride_tricks.sliding_window_view(by_relative, num_tokens)
+    buckets: _Int64 = windows[::-1].copy()
     return buckets

@@ -26,6 +26,14 @@ class TextKeyValues:
     values: tuple[DeviceTensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ImageKeyValues:
+    """The images' cross-attention keys and values, one pair [image_tokens, D] per block."""
+
+    keys: tuple[DeviceTensor, ...]
+    values: tuple[DeviceTensor, ...]
+
+
 class Transformer:
     """One expert, ready to predict noise for latents of one shape.
 
@@ -59,26 +67,74 @@ class Transformer:
         pairs = [self._component.run("transformer.text_kv", context, block=i) for i in range(self._arch.num_layers)]
         return TextKeyValues(tuple(pair["text_key"] for pair in pairs), tuple(pair["text_value"] for pair in pairs))
 
-    def predict(self, latents: Float32, timestep: float, prompts: Sequence[TextKeyValues]) -> list[Float32]:
+    def encode_image(self, features: Float32) -> ImageKeyValues:
+        """Keys and values of the images for every block: constant over the denoising loop, the same for all prompts.
+
+        Args:
+            features: [image_tokens, image_dim] of `runtime.image_encoder`, all images one after the other.
+
+        Raises:
+            ValueError: the architecture has no image branch.
+        """
+        if self._arch.image_dim is None:
+            raise ValueError("this transformer has no image branch")
+        inputs = {"encoder_hidden_states_image": self._component.backend.to_device(features)}
+        context = self._component.run("transformer.image_embed", inputs)
+        pairs = [self._component.run("transformer.image_kv", context, block=i) for i in range(self._arch.num_layers)]
+        return ImageKeyValues(tuple(pair["image_key"] for pair in pairs), tuple(pair["image_value"] for pair in pairs))
+
+    def predict(
+        self,
+        latents: Float32,
+        timestep: float,
+        prompts: Sequence[TextKeyValues],
+        *,
+        image: ImageKeyValues | None = None,
+        clean_frames: int = 0,
+    ) -> list[Float32]:
         """Predicted noise (the flow's velocity), one [C_out, T, h, w] for each prompt.
 
         Args:
-            latents: float32 [C, T, h, w].
+            latents: float32 [C, T, h, w], what the variant concatenates on the channels included.
             timestep: as the scheduler gives it, 0 to 1000.
+            image: what `encode_image` gave; required by an architecture with an image branch, and by no other.
+            clean_frames: leading latent frames that hold no noise: their tokens are at timestep 0.
+
+        Raises:
+            ValueError: image or clean frames that the architecture does not take, or an image missing.
         """
+        if (image is None) != (self._arch.image_dim is None):
+            raise ValueError(f"image {'missing' if image is None else 'given'}; image_dim is {self._arch.image_dim}")
         run, backend = self._component.run, self._component.backend
-        features = timestep_features(timestep, self._arch.freq_dim, conventions=self._conventions)
-        time = run("transformer.time_embed", {"timestep_features": backend.to_device(features)})
+        time, rows = self._embed_time(timestep, clean_frames)
         embedded = run("transformer.embed", {"patches": backend.to_device(patchify(latents, self._arch))})["hidden_states"]
-        modulation = {"time_modulation": time["time_modulation"]}
+        modulation = {"time_modulation": time["time_modulation"], **rows}
         shared = self._attend(0, embedded, modulation)  # the prompts part only at the first cross-attention
-        hidden = [self._finish(0, embedded, shared, modulation, prompt) for prompt in prompts]
+        hidden = [
+            self._finish(0, embedded, shared, modulation, prompt, image, is_last=i == len(prompts))
+            for i, prompt in enumerate(prompts, start=1)
+        ]
+        del embedded, shared  # no name may outlive its use here: each is a third of a GiB of device memory at 14B and 480p
         for block in range(1, self._arch.num_layers):
             for i, prompt in enumerate(prompts):
-                attended = self._attend(block, hidden[i], modulation)
-                hidden[i] = self._finish(block, hidden[i], attended, modulation, prompt)
-        heads = [run("transformer.head", {"hidden_states": states, "temb": time["temb"]}) for states in hidden]
+                hidden[i] = self._finish(
+                    block, hidden[i], self._attend(block, hidden[i], modulation), modulation, prompt, image
+                )
+        heads = [run("transformer.head", {"hidden_states": states, "temb": time["temb"], **rows}) for states in hidden]
         return [unpatchify(backend.to_host(head["noise_patches"]), self._grid, self._arch) for head in heads]
+
+    def _embed_time(self, timestep: float, clean_frames: int) -> tuple[dict[str, DeviceTensor], dict[str, DeviceTensor]]:
+        """Outputs of `time_embed`, and what says which of their rows a token takes where they have two."""
+        to_device, arch = self._component.backend.to_device, self._arch
+        features = timestep_features(timestep, arch.freq_dim, conventions=self._conventions)
+        rows: dict[str, DeviceTensor] = {}
+        if arch.per_token_timesteps:
+            features = np.concatenate((timestep_features(0, arch.freq_dim, conventions=self._conventions), features))
+            _, height, width = self._grid
+            rows["num_clean"] = to_device(np.array([clean_frames // arch.patch_size[0] * height * width]))
+        elif clean_frames:
+            raise ValueError(f"clean_frames={clean_frames}: this transformer has one timestep for all tokens")
+        return self._component.run("transformer.time_embed", {"timestep_features": to_device(features)}), rows
 
     def _attend(self, block: int, hidden_states: DeviceTensor, modulation: dict[str, DeviceTensor]) -> DeviceTensor:
         qkv = self._component.run(
@@ -93,7 +149,11 @@ class Transformer:
         attended: DeviceTensor,
         modulation: dict[str, DeviceTensor],
         prompt: TextKeyValues,
+        image: ImageKeyValues | None,
+        *,
+        is_last: bool = True,
     ) -> DeviceTensor:
+        """`block_out`; `is_last`: nobody needs the hidden states and the attention's output afterwards."""
         inputs = {
             "hidden_states": hidden_states,
             "attention_output": attended,
@@ -101,7 +161,10 @@ class Transformer:
             "text_key": prompt.keys[block],
             "text_value": prompt.values[block],
         }
-        return self._component.run("transformer.block_out", inputs, block=block)["next_hidden_states"]
+        if image is not None:
+            inputs |= {"image_key": image.keys[block], "image_value": image.values[block]}
+        consumed = ("hidden_states", "attention_output") if is_last else ()
+        return self._component.run("transformer.block_out", inputs, block=block, consumed=consumed)["next_hidden_states"]
 
 
 def timestep_features(timestep: float, freq_dim: int, *, conventions: Conventions) -> Float32:

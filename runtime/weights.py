@@ -46,22 +46,20 @@ def map_safetensors(path: Path) -> dict[str, Array]:
     return tensors
 
 
-class WeightStore:
-    """A component's weights on a backend, all resident.
+class WeightFile:
+    """A component's weights in their file, checked against the stages that will ask for them, mapped and not yet read.
 
     Args:
         path: the component's safetensors file.
         stages: the stages that will ask; their weights must all be there with the declared shapes.
-        backend: where the weights go.
+        num_blocks: how often per-block stages run.
 
     Raises:
         BundleError: a declared weight is missing or misshapen.
     """
 
-    def __init__(self, path: Path, stages: Iterable[StageSpec], backend: Backend, *, num_blocks: int) -> None:
+    def __init__(self, path: Path, stages: Iterable[StageSpec], *, num_blocks: int) -> None:
         self._tensors = map_safetensors(path)
-        self._backend = backend
-        self._resident: dict[str, DeviceTensor] = {}
         for stage in stages:
             for block in range(num_blocks) if stage.per_block else (None,):
                 for weight in stage.weights:
@@ -73,19 +71,40 @@ class WeightStore:
                             f"{path.name}: {name}: {given}, expected {weight.dtype} {list(weight.shape)}", hint=_REBUILD
                         )
 
+    def tensor(self, name: str) -> Array:
+        """A tensor, still mapped: read-only, and read from the file where it is touched."""
+        return self._tensors[name]
+
+
+class WeightStore:
+    """A component's weights on a backend, all resident.
+
+    Args:
+        path, stages, num_blocks: see `WeightFile`.
+        backend: where the weights go.
+
+    Raises:
+        BundleError: a declared weight is missing or misshapen.
+    """
+
+    def __init__(self, path: Path, stages: Iterable[StageSpec], backend: Backend, *, num_blocks: int) -> None:
+        self._file = WeightFile(path, stages, num_blocks=num_blocks)
+        self._backend = backend
+        self._resident: dict[str, DeviceTensor] = {}
+
     def stage_weights(self, stage: StageSpec, block: int | None) -> Mapping[str, DeviceTensor]:
         """The weights of `stage`, by the names the engine knows; sent to the device when first asked for, and kept there."""
         bound = {}
         for weight in stage.weights:
             name = stage.weight_name(weight.name, block)
             if name not in self._resident:
-                self._resident[name] = self._backend.to_device(self._tensors[name], weight.dtype)
+                self._resident[name] = self._backend.to_device(self._file.tensor(name), weight.dtype)
             bound[weight.name] = self._resident[name]
         return bound
 
     def host_tensor(self, name: str) -> Array:
         """A weight that the host reads itself, such as an embedding table; still mapped."""
-        return self._tensors[name]
+        return self._file.tensor(name)
 
 
 _Entry = tuple[Any, tuple[int, ...], int, int]  # NumPy type, shape, begin, end

@@ -27,24 +27,32 @@ class Toy:
     original: Path
 
     def oracle(self) -> Any:
-        """diffusers' own pipeline over the same weights."""
-        from diffusers import WanPipeline
+        """diffusers' own pipeline over the same weights, of the class that the folder names."""
+        from diffusers import DiffusionPipeline
 
-        pipeline = WanPipeline.from_pretrained(self.folder)
+        pipeline = DiffusionPipeline.from_pretrained(self.folder)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
 
-def make_toy(folder: Path, **options: Any) -> Toy:
-    """Write a toy's checkpoints and build their bundles; options are those of `make_diffusers_checkpoint`."""
+def make_toy(folder: Path, *, engines_of: Toy | None = None, **options: Any) -> Toy:
+    """Write a toy's checkpoints and build their bundles.
+
+    Args:
+        engines_of: a toy whose engines are kept where they fit.
+        options: those of `make_diffusers_checkpoint`.
+    """
     from tests.toys import (
         make_diffusers_checkpoint,
         make_original_checkpoint,
     )  # diffusers is not there on every machine with a GPU
 
     make_diffusers_checkpoint(folder / "diffusers", **options)
-    options.pop("scheduler", None), options.pop("flow_shift", None)
+    for name in ("scheduler", "flow_shift", "boundary_ratio"):  # the original layout has no place for them
+        options.pop(name, None)
     make_original_checkpoint(folder / "original", **options)
+    if engines_of is not None:
+        shutil.copytree(engines_of.diffusers, folder / "diffusers-bundle")
     build_bundle(BuildRequest(out=folder / "diffusers-bundle", checkpoint=folder / "diffusers"))
     shutil.copytree(folder / "diffusers-bundle", folder / "original-bundle")  # same architecture: its engines are kept
     build_bundle(BuildRequest(out=folder / "original-bundle", checkpoint=folder / "original"))

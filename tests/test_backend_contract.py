@@ -1,6 +1,7 @@
 """What every backend must do, whichever library it is: the same tests for each one this machine can execute."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     stage = in_precision(fp32, network.precisions[0])
     file = tmp_path_factory.mktemp(request.param) / f"head{network.suffix}"
     file.write_bytes(network.build_engine(stage_graph(VARIANT, fp32), stage))
-    with runtime_target.open_backend("transformer", BackendOptions(num_threads=1, read_kernels=_kernels(plan))) as backend:
+    session = runtime_target.open_session(BackendOptions(num_threads=1, read_kernels=_kernels(plan)))
+    with closing(session), session.backend("transformer") as backend:
         engine = backend.open_engine(file, stage)
         yield Opened(backend, engine, stage, file, network.precisions[0])
         engine.close()

@@ -100,6 +100,7 @@ def test_sources_hold_their_layouts_under_the_experts_names(original: Path) -> N
         "transformer": transformer_tensors(variant.transformer),
         "text_encoder": text_encoder_tensors(variant.text_encoder),
         "vae": vae_tensors(variant.vae),
+        "vae_encoder": vae_tensors(variant.vae),
     }
 
 

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from export.checkpoint import open_checkpoint
 from runtime.errors import ExportError
 from runtime.variants import VARIANTS
-from tests.toys import DEEP_TOY, NARROW_TOY, edit_json, edit_tensors, make_diffusers_checkpoint, make_original_checkpoint
+from tests.toys import (
+    DEEP_TOY,
+    IMAGE_TOY,
+    NARROW_TOY,
+    edit_json,
+    edit_tensors,
+    make_diffusers_checkpoint,
+    make_original_checkpoint,
+)
 
 DIT = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -128,8 +136,8 @@ SPOILED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "code in the vae": (_write(VAE, {"conv1.bias": _Code()}), (VAE, "holds more than tensors")),
     "no tensors in the vae": (_write(VAE, {"epoch": 3}), (VAE, "expected a dictionary of tensors")),
     "incomplete vae": (_decoder_only, ("vae", "encoder.middle.1")),
-    "no vae": (lambda folder: (folder / VAE).unlink(), ("Wan2.1_VAE.pth", "missing")),
-    "vae of 2.2": (lambda folder: (folder / VAE).rename(folder / "Wan2.2_VAE.pth"), ("Wan2.2 VAE of TI2V-5B",)),
+    "no vae": (lambda folder: (folder / VAE).unlink(), ("_VAE.pth", "missing")),
+    "two vaes": (lambda folder: shutil.copy(folder / VAE, folder / "Wan2.2_VAE.pth"), ("Wan2.1_VAE.pth, Wan2.2_VAE.pth",)),
     "no text encoder": (lambda folder: (folder / T5).unlink(), ("models_t5_*.pth", "missing")),
     "two text encoders": (lambda folder: shutil.copy(folder / T5, folder / "models_t5_b.pth"), ("models_t5_b.pth",)),
     "text encoder of something else": (_write(T5, {"a": torch.ones(2)}), ("text_encoder", "token_embedding.weight")),
@@ -152,8 +160,6 @@ def test_damaged_original_is_refused_by_name(damage: str, original: Path, copy_o
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "i2v"}, "image-to-video"),
-        ({"model_type": "ti2v"}, "TI2V-5B"),
         ({"model_type": "s2v"}, "speech-to-video"),
         ({"model_type": "vace"}, "VACE"),
         ({"_class_name": "VaceWanModel"}, "VaceWanModel"),
@@ -186,8 +192,9 @@ def test_original_config_that_cannot_be_followed_is_refused(
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "WanImageToVideoPipeline"),
-        ("model_index.json", {"expand_timesteps": True}, "expand_timesteps=True"),
+        ("model_index.json", {"_class_name": "WanVACEPipeline"}, "WanVACEPipeline"),
+        ("model_index.json", {"expand_timesteps": 1.5}, "expand_timesteps=1.5"),
+        ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, "image_encoder/config.json is missing"),
         ("model_index.json", {"boundary_ratio": 0.5}, "boundary_ratio=0.5 with 1 transformer"),
         ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "with 2 transformer"),
         ("transformer/config.json", {"_class_name": "WanVACETransformer3DModel"}, "WanVACETransformer3DModel"),
@@ -203,8 +210,8 @@ def test_original_config_that_cannot_be_followed_is_refused(
         ("text_encoder/config.json", {"feed_forward_proj": "relu"}, "feed_forward_proj='relu'"),
         ("text_encoder/config.json", {"model_type": "t5"}, "model_type='t5'"),
         ("text_encoder/config.json", {"num_layers": 2}, "num_layers=2"),
-        ("vae/config.json", {"is_residual": True}, "Wan2.2 VAE"),
-        ("vae/config.json", {"decoder_base_dim": 256}, "decoder_base_dim=256"),
+        ("vae/config.json", {"is_residual": True}, "tensors are missing: encoder.downsamples.0.downsamples.0."),
+        ("vae/config.json", {"decoder_base_dim": 256}, "decoder.conv1.weight (stored as decoder.conv_in.weight) is"),
         ("vae/config.json", {"attn_scales": [0.5]}, "attn_scales=[0.5]"),
         ("vae/config.json", {"latents_mean": [0.0]}, "disagree"),
         ("vae/config.json", {"latents_std": [0.0] * 16}, "disagree"),
@@ -281,3 +288,70 @@ def test_one_expert_of_two_is_refused(original_pair: Path, copy_of: Callable[[Pa
 def test_place_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     assert "is not a folder" in _refusal(tmp_path / "nothing")
     assert "has neither model_index.json" in _refusal(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def image_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_original_checkpoint(tmp_path_factory.mktemp("image_original"), config=IMAGE_TOY)
+
+
+@pytest.fixture(scope="module")
+def image_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_diffusers_checkpoint(tmp_path_factory.mktemp("image_diffusers"), config=IMAGE_TOY)
+
+
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+
+
+def _edit_clip(folder: Path, **changes: torch.Tensor) -> None:
+    tensors = torch.load(folder / CLIP, weights_only=True)
+    torch.save(tensors | {name.replace("__", "."): tensor for name, tensor in changes.items()}, folder / CLIP)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / CLIP).unlink(), "models_clip_*.pth"),
+        (lambda folder: torch.save({"a": torch.ones(2)}, folder / CLIP), "visual.patch_embedding.weight is missing"),
+        (lambda folder: _edit_clip(folder, visual__pos_embedding=torch.ones(1, 19, 32)), "19 positions"),
+        (lambda folder: _edit_clip(folder, visual__extra=torch.ones(1)), "visual.extra"),
+        (lambda folder: edit_json(folder / "config.json", model_type="ti2v"), "there is no such variant"),
+        (lambda folder: edit_json(folder / "config.json", in_dim=32), "takes 32 and gives 16 channels"),
+        (
+            lambda folder: edit_tensors(folder / DIT, lambda tensors: tensors.pop("img_emb.proj.1.weight")),
+            "img_emb.proj.1.weight",
+        ),
+    ],
+)
+def test_image_checkpoint_in_the_original_layout_that_is_not_whole_is_refused(
+    spoil: Callable[[Path], object], words: str, image_original: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    folder = copy_of(image_original)
+    spoil(folder)
+    assert words in _refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("model_index.json", {"image_encoder": [None, None]}, "image_dim=32, but the folder has no image_encoder"),
+        ("model_index.json", {"expand_timesteps": True}, "there is no such variant"),
+        ("transformer/config.json", {"image_dim": None}, "image_dim=None, but the folder has an image_encoder"),
+        ("transformer/config.json", {"image_dim": 48}, "takes 17 image features of 48, the image encoder gives 17 of 32"),
+        ("transformer/config.json", {"pos_embed_seq_len": 20}, "takes 20 image features"),
+        ("transformer/config.json", {"added_kv_proj_dim": None}, "added_kv_proj_dim=None"),
+        ("image_encoder/config.json", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("image_encoder/config.json", {"model_type": "siglip"}, "model_type='siglip'"),
+        ("image_encoder/config.json", {"num_attention_heads": 5}, "are not an image encoder"),
+        ("image_processor/preprocessor_config.json", {"size": {"shortest_edge": 30}}, "shortest_edge"),
+        ("image_processor/preprocessor_config.json", {"resample": 2}, "resample=2"),
+        ("image_processor/preprocessor_config.json", {"do_center_crop": False}, "do_center_crop=False"),
+    ],
+    ids=str,
+)
+def test_image_checkpoint_of_diffusers_that_cannot_be_followed_is_refused(
+    file: str, changes: dict[str, Any], words: str, image_diffusers: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    folder = copy_of(image_diffusers)
+    edit_json(folder / file, **changes)
+    assert words in _refusal(folder)

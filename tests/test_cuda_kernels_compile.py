@@ -7,20 +7,42 @@ import re
 import pytest
 
 from engines.targets.cuda.compile import SOURCE, compile_kernels
-from runtime.backends.cuda import kernels, launch
+from runtime.backends.cuda import kernels, launch, text_kernels
 from runtime.errors import BuildError
 
 BF16_KERNELS = (
     "norm_bf16",
+    "norm_by_row_bf16",
     "residual_norm_bf16",
+    "residual_norm_by_row_bf16",
     "gated_residual",
+    "gated_residual_by_row",
     "qk_norm_rope_bf16",
-    "amax",
+    "column_spread",
+    "gelu",
     "gemv_f32",
     "gemv_bf16",
     "add",
+    "rms_norm_bf16",
+    "rms_norm_f32",
+    "residual_rms_norm_bf16",
+    "layer_norm_bf16",
+    "residual_layer_norm_bf16",
+    "embed_tokens_f32",
+    "gated_gelu",
+    "biased_attention",
 )
-FP8_KERNELS = ("norm_fp8", "residual_norm_fp8", "qk_norm_rope_fp8", "quantize_rows", "quantize_tensor")
+FP8_KERNELS = (
+    "norm_fp8",
+    "norm_by_row_fp8",
+    "residual_norm_fp8",
+    "residual_norm_by_row_fp8",
+    "qk_norm_rope_fp8",
+    "quantize_rows",
+    "quantize_centred",
+    "restore",
+    "fold_offset",
+)
 STRUCTURES = {
     name: value for name, value in vars(launch).items() if isinstance(value, type) and value.__name__.endswith("Arguments")
 }
@@ -86,6 +108,9 @@ def test_argument_structs_have_the_same_fields_in_python_and_cuda(structure: typ
         ("kVectors", launch.VECTORS_PER_THREAD),
         ("kGemvRows", kernels.GEMV_ROWS),
         ("kGemvOutputs", kernels.GEMV_OUTPUTS_PER_WARP),
+        ("kAttentionRows", text_kernels.ATTENTION_ROWS),
+        ("kHeadDim", text_kernels.MAX_HEAD_DIM),
+        ("kMaxBuckets", text_kernels.MAX_BUCKETS),
     ],
 )
 def test_grids_are_sized_by_the_kernels_own_constants(constant: str, value: int) -> None:

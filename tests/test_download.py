@@ -26,10 +26,9 @@ UNWANTED = {
     "assets/logo.png": "",
     "examples/a.mp4": "",
     ".gitattributes": "",
-    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "",
     "xlm-roberta-large/tokenizer.json": "",
     "google/umt5-xxl/spiece.model": "",
-    "image_encoder/model.safetensors": "",
+    "image_encoder/pytorch_model.bin": "",
     "tokenizer/spiece.model": "",
     "transformer/diffusion_pytorch_model.bin": "",
 }
@@ -41,6 +40,14 @@ ORIGINAL = {
     "models_t5_umt5-xxl-enc-bf16.pth": "t5" * 1000,
     "Wan2.1_VAE.pth": "vae",
     "google/umt5-xxl/tokenizer.json": "{}",
+}
+IMAGE_ORIGINAL = ORIGINAL | {
+    "config.json": json.dumps({"model_type": "i2v"}),
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "clip",
+}
+TEXT_IMAGE_ORIGINAL = {name: text for name, text in ORIGINAL.items() if "VAE" not in name} | {
+    "config.json": json.dumps({"model_type": "ti2v"}),
+    "Wan2.2_VAE.pth": "vae",
 }
 PAIR = {
     **{f"{place}/config.json": T2V for place in ("high_noise_model", "low_noise_model")},
@@ -65,6 +72,22 @@ DIFFUSERS = {
     "text_encoder/model.safetensors.index.json": "{}",
     "tokenizer/tokenizer.json": "{}",
     "scheduler/scheduler_config.json": "{}",
+}
+
+
+IMAGE_DIFFUSERS = DIFFUSERS | {
+    "model_index.json": json.dumps({"_class_name": "WanImageToVideoPipeline"}),
+    "image_encoder/config.json": "{}",
+    "image_encoder/model.safetensors": "clip",
+    "image_processor/preprocessor_config.json": "{}",
+}
+KINDS = {
+    "original": ORIGINAL,
+    "original with an image encoder": IMAGE_ORIGINAL,
+    "original with the other VAE": TEXT_IMAGE_ORIGINAL,
+    "pair": PAIR,
+    "diffusers": DIFFUSERS,
+    "diffusers with an image encoder": IMAGE_DIFFUSERS,
 }
 
 
@@ -139,13 +162,11 @@ def _held(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
-@pytest.mark.parametrize("wanted", [ORIGINAL, PAIR, DIFFUSERS], ids=["original", "pair", "diffusers"])
-def test_only_the_files_needed_are_downloaded(
-    wanted: dict[str, str], serve: Callable[[dict[str, str]], list[str]], tmp_path: Path
-) -> None:
-    serve(wanted | UNWANTED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_files_needed_are_downloaded(kind: str, serve: Callable[[dict[str, str]], list[str]], tmp_path: Path) -> None:
+    serve(KINDS[kind] | UNWANTED)
     folder = resolve_checkpoint("Wan-AI/Toy", cache=tmp_path)
-    assert _held(folder) == wanted
+    assert _held(folder) == KINDS[kind]
 
 
 def test_progress_ends_at_the_size_of_what_was_downloaded(
@@ -172,8 +193,8 @@ def test_files_already_there_are_not_downloaded_again(serve: Callable[[dict[str,
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (ORIGINAL | {"config.json": json.dumps({"model_type": "i2v"})}, "image-to-video"),
-        (DIFFUSERS | {"model_index.json": json.dumps({"_class_name": "WanImageToVideoPipeline"})}, "WanImageToVideoPipeline"),
+        (ORIGINAL | {"config.json": json.dumps({"model_type": "s2v"})}, "speech-to-video"),
+        (DIFFUSERS | {"model_index.json": json.dumps({"_class_name": "WanVACEPipeline"})}, "WanVACEPipeline"),
         ({"README.md": ""}, "the repository has neither"),
     ],
     ids=["original", "diffusers", "no model"],

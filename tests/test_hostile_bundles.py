@@ -1,5 +1,6 @@
 """Bundles from strangers, through `wanrt run` and `wanrt inspect`: whatever is wrong is said, nothing is written, nothing crashes."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.variants import ImageEncoderArch
 from tests.conftest import RUN, Refuses, Toy, Wanrt
 
 Manifest = dict[str, Any]
@@ -135,6 +137,13 @@ def set_arch(network: str, **numbers: Any) -> Callable[[Manifest], None]:
     return lambda manifest: manifest["variant"][network].update(numbers)
 
 
+CLIP = dataclasses.asdict(ImageEncoderArch(dim=32, ffn_dim=44, num_layers=3, image_size=28, patch_size=7))
+
+
+def set_conditioning(**values: Any) -> Callable[[Manifest], None]:
+    return lambda manifest: manifest["variant"]["conditioning"].update(values)
+
+
 def set_default(**values: Any) -> Callable[[Manifest], None]:
     return lambda manifest: manifest["variant"]["defaults"].update(values)
 
@@ -174,9 +183,19 @@ def set_default(**values: Any) -> Callable[[Manifest], None]:
         (set_arch("vae", latents_std=[0.0] * 16), "not positive numbers"),
         (set_arch("vae", latents_mean=[1e300] * 16), "not of usual size"),
         (set_arch("vae", latents_mean=[0.0]), "must have 16 values"),
+        (set_arch("vae", patch_size=64), "folds squares of 64 pixels"),
+        (set_arch("vae", residual_levels=True, dim_mult=[1, 2, 4, 8]), "a VAE with no average over 1 places"),
         (set_default(fps=0), "0 frames a second"),
         (set_default(fps=2**40), "frames a second"),
         (set_default(scheduler="magic"), "scheduler 'magic'"),
+        (set_conditioning(image="maybe"), "expected one of"),
+        (set_conditioning(image="required"), "do not fit latents of 16 and 20 for images"),
+        (set_conditioning(image="optional", image_use="first_frame"), "needs a timestep per token"),
+        (set_arch("transformer", image_dim=32, image_tokens=17), "no image encoder"),
+        (set_arch("transformer", image_tokens=-1), "image_tokens=-1"),
+        (lambda manifest: manifest["variant"].update(image_encoder=CLIP), "not always the same number of images"),
+        (lambda manifest: manifest["variant"].update(image_encoder={**CLIP, "num_heads": 5}), "not an image encoder"),
+        (lambda manifest: manifest["variant"].update(image_encoder={**CLIP, "num_layers": 2**40}), "not a size of any network"),
     ],
 )
 def test_a_manifest_that_no_build_writes_is_refused(

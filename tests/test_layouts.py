@@ -7,10 +7,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from export.layouts import (
     Table,
+    image_encoder_diffusers_names,
+    image_encoder_stored_names,
+    image_encoder_tensors,
+    image_encoder_unused,
     text_encoder_diffusers_names,
     text_encoder_tensors,
     transformer_diffusers_names,
@@ -19,10 +23,10 @@ from export.layouts import (
     vae_tensors,
 )
 from export.layouts.characters import animate_tensors, speech_tensors
-from export.layouts.conditioning import camera_tensors, image_tensors, reference_tensors, speed_tensors, vace_tensors
-from export.layouts.encoders import clip_tensors, vae_2_2_tensors, wav2vec2_tensors
+from export.layouts.conditioning import camera_tensors, reference_tensors, speed_tensors, vace_tensors
+from export.layouts.encoders import clip_tensors, wav2vec2_tensors
 from export.layouts.tables import renamed
-from runtime.variants import VARIANTS, TextEncoderArch, TransformerArch, VaeArch
+from runtime.variants import VAE_2_2, VARIANTS, ImageEncoderArch, TextEncoderArch, TransformerArch, VaeArch
 
 DIT_1_3B = VARIANTS["wan2.1-t2v-1.3b"].transformer
 DIT_14B = VARIANTS["wan2.1-t2v-14b"].transformer
@@ -35,7 +39,7 @@ def _base(arch: TransformerArch, in_channels: int = 16) -> Table:
 
 
 def _clip_based(arch: TransformerArch, in_channels: int) -> Table:
-    return _base(arch, in_channels) | image_tensors(arch)
+    return _base(replace(arch, image_dim=1280, image_tokens=257), in_channels)
 
 
 PUBLISHED = {
@@ -44,7 +48,7 @@ PUBLISHED = {
     "T2V-A14B": (_base(DIT_A14B), 1095, "aafcfd9672c3a2456dc46e1cb6e52c70"),
     "I2V-14B, Fun-14B-InP": (_clip_based(DIT_14B, 36), 1303, "6bfcfb3b342cb286ce886889d519a77e"),
     "FLF2V-14B": (
-        _base(DIT_14B, 36) | image_tensors(DIT_14B, image_tokens=514),
+        _base(replace(DIT_14B, image_dim=1280, image_tokens=514, image_positions=True), 36),
         1304,
         "3ef3b1f8e1dab83d5b71fd7b617f859f",
     ),
@@ -77,7 +81,7 @@ PUBLISHED = {
     "Animate-14B": (_clip_based(DIT_14B, 36) | animate_tensors(DIT_14B), 1441, "31fa352acb8a1b1d33cd8764273d80a2"),
     "UMT5-xxl encoder": (text_encoder_tensors(TextEncoderArch()), 242, "9c8818c2cbea55eca56c7b447df170da"),
     "VAE 2.1": (vae_tensors(VaeArch()), 194, "ccc42284ea13e1ad04693284c7a09be6"),
-    "VAE 2.2": (vae_2_2_tensors(), 196, "e1de6c02cdac79f8b739f4d3698cd216"),
+    "VAE 2.2": (vae_tensors(VAE_2_2), 196, "e1de6c02cdac79f8b739f4d3698cd216"),
     "CLIP": (clip_tensors(), 784, "5941c53e207d62f20f9025686193c40b"),
     "speed controller": (speed_tensors(DIT_1_3B), 6, "dbd5ec76bbf977983f972c151d545389"),
     "wav2vec2-large-xlsr-53-english": (wav2vec2_tensors(), 424, "06be60f3a4526586d8431cd038a71486"),
@@ -108,9 +112,27 @@ def test_transformer_names_and_shapes_are_those_of_diffusers() -> None:
     assert _renamed_table(transformer_tensors(arch), transformer_diffusers_names(arch)) == _shapes(network)
 
 
+@pytest.mark.parametrize("positions", [False, True])
+def test_image_branch_names_and_shapes_are_those_of_diffusers(positions: bool) -> None:
+    arch = TransformerArch(
+        dim=24, ffn_dim=40, num_heads=2, num_layers=2, image_dim=15, image_tokens=10, image_positions=positions
+    )
+    with torch.device("meta"):
+        network = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            ffn_dim=40,
+            num_layers=2,
+            image_dim=15,
+            added_kv_proj_dim=24,
+            pos_embed_seq_len=10 if positions else None,
+        )
+    assert _renamed_table(transformer_tensors(arch), transformer_diffusers_names(arch)) == _shapes(network)
+
+
 @pytest.mark.parametrize("num_layers", [1, 12])
 def test_transformer_names_agree_with_diffusers_converter(num_layers: int) -> None:
-    arch = TransformerArch(dim=24, ffn_dim=40, num_heads=2, num_layers=num_layers)
+    arch = TransformerArch(dim=24, ffn_dim=40, num_heads=2, num_layers=num_layers, image_dim=9, image_tokens=4)
     converted = convert_wan_transformer_to_diffusers({name: name for name in transformer_tensors(arch)})
     assert transformer_diffusers_names(arch) == {original: name for name, original in converted.items()}
 
@@ -122,6 +144,35 @@ def test_vae_names_and_shapes_are_those_of_diffusers(num_res_blocks: int, tempor
     with torch.device("meta"):
         network = AutoencoderKLWan(
             base_dim=8, z_dim=6, num_res_blocks=num_res_blocks, temperal_downsample=list(temporal), dim_mult=[1, 3, 2, 5]
+        )
+    assert _renamed_table(vae_tensors(arch), vae_diffusers_names(arch)) == _shapes(network)
+
+
+@pytest.mark.parametrize("num_res_blocks", [1, 2])
+@pytest.mark.parametrize("temporal", [(False, True, True), (True, False, False)])
+def test_vae_names_and_shapes_with_residual_levels_are_those_of_diffusers(
+    num_res_blocks: int, temporal: tuple[bool, ...]
+) -> None:
+    arch = VaeArch(
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=6,
+        num_res_blocks=num_res_blocks,
+        temporal_downsample=temporal,
+        residual_levels=True,
+        patch_size=2,
+    )
+    with torch.device("meta"):
+        network = AutoencoderKLWan(
+            base_dim=8,
+            decoder_base_dim=12,
+            z_dim=6,
+            num_res_blocks=num_res_blocks,
+            temperal_downsample=list(temporal),
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
         )
     assert _renamed_table(vae_tensors(arch), vae_diffusers_names(arch)) == _shapes(network)
 
@@ -147,6 +198,41 @@ def test_text_encoder_gate_is_the_branch_with_the_activation() -> None:
     names = text_encoder_diffusers_names(TextEncoderArch(num_layers=1))
     assert names["blocks.0.ffn.gate.0.weight"] == "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
     assert names["blocks.0.ffn.fc1.weight"] == "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
+
+
+def test_image_encoder_names_and_shapes_are_those_of_transformers() -> None:
+    arch = ImageEncoderArch(dim=24, ffn_dim=28, num_heads=3, num_layers=3, image_size=35, patch_size=7)
+    with torch.device("meta"):
+        network = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=28,
+                num_attention_heads=3,
+                num_hidden_layers=3,
+                image_size=35,
+                patch_size=7,
+            )
+        )
+    shapes = _shapes(network)
+    used = shapes.keys() - image_encoder_unused(arch, shapes)
+    expected = {name: shapes[name] for name in used}
+    assert _renamed_table(image_encoder_tensors(arch, original=False), image_encoder_diffusers_names(arch)) == expected
+    assert {f"vision_model.{name}" for name in expected} < image_encoder_stored_names(arch).keys()
+
+
+def test_image_encoder_takes_all_of_the_published_clip_but_what_it_never_runs() -> None:
+    arch = ImageEncoderArch()
+    published, names = clip_tensors(), image_encoder_stored_names(arch)
+    used = {name: published[name] for name in published if name in names}
+    assert published.keys() - used.keys() == image_encoder_unused(arch, published)
+    found: Table = {}
+    for stored, (first, *rest) in used.items():
+        parts = names[stored]
+        if isinstance(parts, str):
+            found[parts] = (first, *rest)
+        else:
+            found |= dict.fromkeys(parts, (first // 3, *rest))
+    assert found == image_encoder_tensors(arch, original=True)
 
 
 def test_a_name_outside_the_naming_is_refused() -> None:

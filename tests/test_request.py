@@ -16,6 +16,7 @@ from runtime.request import GenerateRequest, resolve_request
 from runtime.run import load_latents
 from runtime.schedulers import Conventions, SchedulerName
 from runtime.tiling import TileSpec
+from runtime.variants import Conditioning, Presence
 from tests.conftest import Toy
 
 ASKED = GenerateRequest(prompt="a cat", width=16, height=32, num_frames=5, seed=1)
@@ -159,3 +160,72 @@ def test_an_archive_of_arrays_is_no_latents(tmp_path: Path) -> None:
     np.savez(tmp_path / "latents.npz", a=np.zeros(1, np.float32))
     with pytest.raises(RequestError, match="holds an archive"):
         load_latents(tmp_path / "latents.npz")
+
+
+def conditioned(manifest: Manifest, **changes: Any) -> Manifest:
+    """The manifest of a variant that is given other things."""
+    return replace(manifest, variant=replace(manifest.variant, conditioning=Conditioning(**changes)))
+
+
+IMAGE = np.zeros((20, 40, 3), np.uint8)
+VIDEO = np.zeros((7, 20, 40, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("takes", "given", "words"),
+    [
+        ({}, {"image": IMAGE}, "takes no image"),
+        ({}, {"video": VIDEO}, "takes no video"),
+        ({"image": Presence.REQUIRED}, {}, "needs an image"),
+        ({"image": Presence.REQUIRED}, {"image": IMAGE, "last_image": IMAGE}, "takes no last image"),
+        ({"image": Presence.REQUIRED, "last_image": Presence.REQUIRED}, {"image": IMAGE}, "last image"),
+        ({"image": Presence.OPTIONAL, "last_image": Presence.OPTIONAL}, {"last_image": IMAGE}, "without a first one"),
+        ({"image": Presence.OPTIONAL}, {"image": IMAGE[:, :, 0]}, "need uint8 RGB"),
+        ({"image": Presence.OPTIONAL}, {"image": IMAGE.astype(np.float32)}, "need uint8 RGB"),
+        ({"video": Presence.OPTIONAL}, {"strength": 0.5}, "strength without a video"),
+        ({"video": Presence.OPTIONAL}, {"video": VIDEO, "strength": 1.01}, "more than 0, at most 1"),
+        ({"video": Presence.OPTIONAL}, {"video": VIDEO, "strength": 0.1, "num_steps": 9}, "leaves none of 9 steps"),
+        ({"video": Presence.OPTIONAL}, {"video": VIDEO, "num_frames": 9}, "the video has 7"),
+        ({"video": Presence.OPTIONAL}, {"video": VIDEO[:0], "num_frames": None}, "the video has 0"),
+    ],
+)
+def test_images_and_videos_that_do_not_fit_the_variant_are_refused(
+    manifest: Manifest, takes: dict[str, Any], given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        resolve_request(replace(ASKED, **given), conditioned(manifest, **takes), sizes=None)
+    assert caught.value.hint or "RGB" in words
+
+
+def test_a_first_and_a_last_image_need_more_than_one_frame(manifest: Manifest) -> None:
+    both = conditioned(manifest, image=Presence.REQUIRED, last_image=Presence.REQUIRED)
+    request = replace(ASKED, image=IMAGE, last_image=IMAGE, num_frames=1)
+    with pytest.raises(RequestError, match="need two"):
+        resolve_request(request, both, sizes=None)
+
+
+def test_a_last_image_whose_size_would_explode_is_refused(manifest: Manifest) -> None:
+    both = conditioned(manifest, image=Presence.REQUIRED, last_image=Presence.REQUIRED)
+    wide, tall = np.zeros((64, 4096, 3), np.uint8), np.zeros((4096, 64, 3), np.uint8)
+    with pytest.raises(RequestError, match="differ too much in size"):
+        resolve_request(replace(ASKED, image=wide, last_image=tall), both, sizes=None)
+
+
+def test_without_a_size_the_video_has_the_images_aspect(manifest: Manifest) -> None:
+    takes_image = conditioned(manifest, image=Presence.REQUIRED)
+    request = replace(ASKED, width=None, height=None, image=IMAGE)
+    assert resolve_request(request, takes_image, sizes=None).size == VideoSize(width=1344, height=672, num_frames=5)
+    assert resolve_request(replace(ASKED, image=IMAGE), takes_image, sizes=None).size.width == 16
+
+
+def test_a_video_gives_as_many_frames_as_make_whole_latent_frames(manifest: Manifest) -> None:
+    takes_video = conditioned(manifest, video=Presence.OPTIONAL)
+    job = resolve_request(replace(ASKED, video=VIDEO, num_frames=None, num_steps=10), takes_video, sizes=None)
+    assert (job.size.num_frames, job.strength, job.skipped_steps) == (5, 0.8, 2)
+
+
+def test_a_low_resolution_has_its_own_shift_where_the_variant_says_so(manifest: Manifest) -> None:
+    defaults = replace(manifest.variant.defaults, low_resolution_shift=3.0)
+    both = replace(manifest, variant=replace(manifest.variant, defaults=defaults))
+    shifts = [resolve_request(replace(ASKED, width=width, height=480), both, sizes=None).shift for width in (832, 848)]
+    assert shifts == [3.0, defaults.shift]

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from transformers import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
+from engines.targets.cuda.lower import lower_stage
 from export.graphs import stage_graph
 from export.layouts import text_encoder_diffusers_names
 from export.modules.text_encoder import TEXT_ENCODER_MODULES
+from export.pack import weight_plan
+from runtime.backends.cuda.plan import StepKind
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.component import Component
 from runtime.errors import BundleError
-from runtime.specs import StageSpec
+from runtime.precision import in_precision
+from runtime.specs import DType, Precision, StageSpec
 from runtime.stages.text_encoder import TOKEN_EMBEDDING, text_encoder_stages
 from runtime.text_encoder import encode_prompts, relative_position_buckets
 from runtime.variants import VARIANTS, TextEncoderArch, Variant
@@ -111,8 +115,30 @@ def test_linear_layers_of_the_graph_read_weights_as_stored() -> None:
     arch = CONFIGS["toy"].text_encoder
     graph = stage_graph(toy_variant(CONFIGS["toy"]), text_encoder_stages(arch)[0])
     assert [node.op_type for node in graph.graph.node].count("LinearNoBias") == 5
-    (function,) = graph.functions
+    (function,) = (function for function in graph.functions if function.name == "LinearNoBias")
     assert [(node.op_type, node.attribute[0].name, node.attribute[0].i) for node in function.node] == [("Gemm", "transB", 1)]
+
+
+def test_what_a_target_may_fuse_is_a_function_of_the_graph() -> None:
+    arch = CONFIGS["toy"].text_encoder
+    graph = stage_graph(toy_variant(CONFIGS["toy"]), text_encoder_stages(arch)[0])
+    operators = [node.op_type for node in graph.graph.node]
+    assert sorted(set(operators)) == ["Add", "BiasedAttention", "GatedGelu", "LinearNoBias", "RMSNormalization", "Split"]
+
+
+def test_the_cuda_plan_adds_to_a_float32_stream_and_multiplies_in_bf16() -> None:
+    variant = toy_variant(CONFIGS["toy"])
+    fp32 = text_encoder_stages(variant.text_encoder)[0]
+    plan = lower_stage(stage_graph(variant, fp32), in_precision(fp32, Precision.BF16))
+    kinds = [step.kind.value for step in plan.steps]
+    assert kinds == [
+        *("rms_norm", "linear", "biased_attention", "linear", "residual_rms_norm"),
+        *("linear", "linear", "gated_gelu", "linear", "add"),
+    ]
+    dtypes = {buffer.name: buffer.dtype for buffer in plan.buffers}
+    products = [dtypes[step.outputs["out"]] for step in plan.steps if step.kind is StepKind.LINEAR]
+    assert products == [DType.BF16, DType.F32, DType.BF16, DType.BF16, DType.F32]  # those that are added are wide
+    assert dtypes[plan.outputs["next_hidden_states"]] is DType.F32
 
 
 @pytest.mark.parametrize("num_buckets", [4, 6, 8, 12, 16, 32, 40, 64])
@@ -142,6 +168,28 @@ def test_position_buckets_distinguish_keys_before_and_after_the_query() -> None:
     assert [int(buckets[distance, 0]) for distance in (1, 7, 8, 12, 16, 23, 32, 46, 64, 91, 400)] == [
         *(1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15),
     ]
+
+
+def test_a_bf16_embedding_table_gives_the_rows_of_the_float32_one(tmp_path: Path) -> None:
+    config = CONFIGS["toy"]
+    tensors = original_tensors(make_text_encoder(config, seed=4), text_encoder_diffusers_names(config.text_encoder))
+    narrow = tensors[TOKEN_EMBEDDING].bfloat16()
+    ids = random_ids(config, 5).numpy()
+    with open_network(toy_variant(config), "text_encoder", tensors, tmp_path) as component:
+        given, expected = (
+            encode_prompts(component, table, [ids], config.text_encoder)[0]
+            for table in (narrow.view(torch.uint16).numpy(), narrow.float().numpy())
+        )
+    np.testing.assert_array_equal(given, expected)
+
+
+def test_only_the_cpu_bundle_keeps_the_embedding_table_in_float32() -> None:
+    variant = toy_variant(CONFIGS["toy"])
+    dtypes = {
+        precision: {packed.name: packed.dtype for packed in weight_plan(variant, "text_encoder", precision)}[TOKEN_EMBEDDING]
+        for precision in (Precision.FP32, Precision.BF16)
+    }
+    assert dtypes == {Precision.FP32: DType.F32, Precision.BF16: DType.BF16}
 
 
 def test_a_token_beyond_the_embedding_table_is_refused() -> None:

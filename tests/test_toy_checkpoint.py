@@ -1,12 +1,13 @@
 """The demo's toy checkpoint is one that the loader takes for real, the same for everybody."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.toy_checkpoint import Layout, ToyModel, write_toy_checkpoint
+from benchmarks.toy_checkpoint import KINDS, Layout, ToyModel, write_toy_checkpoint
 from benchmarks.toy_tokenizer import write_tokenizer
 from export.checkpoint import open_checkpoint
 from runtime.variants import TransformerArch, VaeArch
@@ -26,6 +27,30 @@ def test_both_layouts_hold_the_same_tensors(tmp_path: Path) -> None:
             for name in source.names():
                 other = diffusers.components[component].read(name)
                 assert torch.equal(source.read(name).float(), other.float()), f"{component} {name}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("t2v", "wan2.1-t2v-1.3b"),
+        ("i2v", "wan2.1-i2v-14b-480p"),
+        ("flf2v", "wan2.1-flf2v-14b"),
+        ("i2v-a14b", "wan2.2-i2v-a14b"),
+        ("ti2v", "wan2.2-ti2v-5b"),
+    ],
+)
+def test_every_kind_is_recognised_in_both_layouts(tmp_path: Path, kind: str, name: str) -> None:
+    for layout in Layout:
+        write_toy_checkpoint(tmp_path / layout, KINDS[kind], layout=layout)
+    with open_checkpoint(tmp_path / Layout.ORIGINAL) as original, open_checkpoint(tmp_path / Layout.DIFFUSERS) as diffusers:
+        assert original.variant.name == diffusers.variant.name == name
+        assert replace(diffusers.variant, experts=original.variant.experts) == original.variant
+        assert original.variant.transformer == KINDS[kind].transformer
+        assert original.variant.image_encoder == KINDS[kind].image_encoder
+        for component, source in original.components.items():
+            for tensor in source.names():
+                other = diffusers.components[component].read(tensor)
+                assert torch.equal(source.read(tensor).float().flatten(), other.float().flatten()), f"{component} {tensor}"
 
 
 def test_experts_differ(tmp_path: Path) -> None:

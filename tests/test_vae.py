@@ -1,7 +1,6 @@
-"""The VAE decoder's stages and stream against diffusers' `AutoencoderKLWan`."""
+"""Both VAEs' decoder stages and stream against diffusers' `AutoencoderKLWan`."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,17 @@ from diffusers.video_processor import VideoProcessor
 
 from export.graphs import stage_graph
 from export.layouts import vae_diffusers_names, vae_tensors
-from export.modules.vae import VAE_MODULES
 from runtime.component import Component
 from runtime.specs import StageSpec
 from runtime.stages.vae import DECODE_FIRST, DECODE_STEP, vae_stages
 from runtime.vae import Rounding, decode_stream, to_uint8, unnormalise
-from runtime.variants import VARIANTS, VaeArch, Variant
+from runtime.variants import VAE_2_2, VaeArch
 from tests.harness import open_network, relative_error
 from tests.tolerances import TOLERANCES
 from tests.toys import ToyConfig, make_vae, original_tensors
+from tests.vaes import CONFIGS, diffusers_decoded, eager_stages, random_latents, toy_variant
 
 TOLERANCE = TOLERANCES["stage, fp32"]
-CONFIGS = {
-    "wan's levels": ToyConfig(),
-    "few levels": ToyConfig(vae_base_dim=12, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, False)),
-    "late time": ToyConfig(num_res_blocks=1, temporal_downsample=(True, True, False)),
-    "no time": ToyConfig(dim_mult=(1, 3), num_res_blocks=1, temporal_downsample=(False,)),
-}
 SIZES = {"landscape": (4, 6), "portrait": (6, 3), "odd": (5, 7), "one position": (1, 1)}
 
 
@@ -36,7 +29,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=["wan's levels", "few levels"])
+@pytest.fixture(scope="module", params=["few levels", "few 2.2 levels"])
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[VaeArch, Any, Component]]:
@@ -47,45 +40,15 @@ def opened(
         yield config.vae, network, component
 
 
-def toy_variant(arch: VaeArch) -> Variant:
-    return replace(VARIANTS["wan2.1-t2v-1.3b"], vae=arch)
-
-
-def random_latents(num_frames: int, size: tuple[int, int]) -> torch.Tensor:
-    return torch.randn(16, num_frames, *size, generator=torch.Generator().manual_seed(num_frames))
-
-
-def diffusers_chunks(network: Any, latents: torch.Tensor) -> list[torch.Tensor]:
-    """What diffusers' decoder gives for each latent frame, before it clamps."""
-    network.clear_cache()
-    hidden = network.post_quant_conv(latents[None])
-    chunks = []
-    for index in range(latents.shape[1]):
-        network._conv_idx = [0]
-        chunk = network.decoder(
-            hidden[:, :, index : index + 1], feat_cache=network._feat_map, feat_idx=network._conv_idx, first_chunk=index == 0
-        )
-        chunks.append(chunk[0])
-    return chunks
-
-
-def eager_stages(arch: VaeArch, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    modules = {}
-    for stage in vae_stages(arch):
-        modules[stage.name] = VAE_MODULES[stage.name](arch).requires_grad_(False)
-        modules[stage.name].load_state_dict({weight.name: tensors[weight.name] for weight in stage.weights})
-    return modules
-
-
 @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 def test_every_chunk_of_the_modules_matches_diffusers(config: ToyConfig, size: tuple[int, int]) -> None:
     network = make_vae(config, seed=1)
-    modules = eager_stages(config.vae, original_tensors(network, vae_diffusers_names(config.vae)))
-    latents = random_latents(4, size)
+    first, step = eager_stages(config.vae, vae_stages(config.vae), original_tensors(network, vae_diffusers_names(config.vae)))
+    latents = random_latents(config.vae, 4, size)
     caches: list[torch.Tensor] = []
-    for index, expected in enumerate(diffusers_chunks(network, latents)):
-        frames, *caches = modules[DECODE_STEP if index else DECODE_FIRST](latents[:, index : index + 1], *caches)
+    for index, expected in enumerate(diffusers_decoded(network, latents)):
+        frames, *caches = (step if index else first)(latents[:, index : index + 1], *caches)
         assert relative_error(frames, expected) < TOLERANCE
 
 
@@ -94,9 +57,9 @@ def test_every_chunk_of_the_engines_matches_diffusers(
     opened: tuple[VaeArch, Any, Component], num_frames: int, size: str
 ) -> None:
     arch, network, component = opened
-    latents = random_latents(num_frames, SIZES[size])
+    latents = random_latents(arch, num_frames, SIZES[size])
     chunks = list(decode_stream(component, latents.numpy(), arch))
-    expected = diffusers_chunks(network, torch.from_numpy(unnormalise(latents.numpy(), arch)))
+    expected = diffusers_decoded(network, torch.from_numpy(unnormalise(latents.numpy(), arch)))
     assert len(chunks) == len(expected) == num_frames
     for ours, theirs in zip(chunks, expected, strict=True):
         assert relative_error(ours, theirs) < TOLERANCE
@@ -104,7 +67,7 @@ def test_every_chunk_of_the_engines_matches_diffusers(
 
 def test_first_latent_frame_decodes_to_one_video_frame(opened: tuple[VaeArch, Any, Component]) -> None:
     arch, _, component = opened
-    shapes = [chunk.shape for chunk in decode_stream(component, random_latents(3, (2, 3)).numpy(), arch)]
+    shapes = [chunk.shape for chunk in decode_stream(component, random_latents(arch, 3, (2, 3)).numpy(), arch)]
     height, width = 2 * arch.spatial_stride, 3 * arch.spatial_stride
     step = (3, arch.temporal_stride, height, width)
     assert shapes == [(3, 1, height, width), step, step]
@@ -122,7 +85,7 @@ def test_frames_come_out_before_the_next_latent_frame_is_decoded(
         return run(stage, inputs)
 
     monkeypatch.setattr(component, "run", note_and_run)
-    stream = decode_stream(component, random_latents(3, (1, 1)).numpy(), arch)
+    stream = decode_stream(component, random_latents(arch, 3, (1, 1)).numpy(), arch)
     assert ran == []
     next(stream)
     assert ran == [DECODE_FIRST]
@@ -134,7 +97,7 @@ def test_first_frame_leaves_a_zero_frame_in_every_cache_and_two_where_time_doubl
     opened: tuple[VaeArch, Any, Component],
 ) -> None:
     arch, _, component = opened
-    outputs = component.run(DECODE_FIRST, {"latents": random_latents(1, (2, 3)).numpy()})
+    outputs = component.run(DECODE_FIRST, {"latents": random_latents(arch, 1, (2, 3)).numpy()})
     caches = [outputs[name] for name in sorted(outputs) if name.startswith("next_cache")]
     assert not any(cache[:, 0].any() for cache in caches)
     assert sum(not cache[:, 1].any() for cache in caches) == sum(arch.temporal_downsample)
@@ -155,6 +118,18 @@ def test_wan21_decoder_has_32_caches_in_the_order_of_its_layers() -> None:
         assert [cache.shape for cache in stage.outputs[1:]] == shapes
 
 
+def test_wan22_decoder_has_32_caches_and_gives_sixteen_pixels_a_position() -> None:
+    step = vae_stages(VAE_2_2)[1]
+    shapes = [cache.shape for cache in step.inputs[1:]]
+    assert len(shapes) == 32
+    assert shapes[0] == (48, 2, "height", "width")
+    assert shapes[11] == (1024, 2, "height", "width")  # the first doubling of time
+    assert shapes[18] == (1024, 2, "2*height", "2*width")  # the second
+    assert shapes[25] == (512, 2, "8*height", "8*width")
+    assert shapes[31] == (256, 2, "8*height", "8*width")
+    assert step.outputs[0].shape == (3, 4, "16*height", "16*width")
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 def test_stages_take_the_decoders_weights_as_the_checkpoint_has_them(config: ToyConfig) -> None:
     table = vae_tensors(config.vae)
@@ -164,19 +139,21 @@ def test_stages_take_the_decoders_weights_as_the_checkpoint_has_them(config: Toy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", vae_stages(VaeArch()), ids=lambda stage: stage.name)
-def test_graphs_at_true_dimensions_agree_with_their_specs(stage: StageSpec) -> None:
-    graph = stage_graph(toy_variant(VaeArch()), stage)
+@pytest.mark.parametrize(
+    ("arch", "stage"), [(VaeArch(), vae_stages(VaeArch())[0]), (VAE_2_2, vae_stages(VAE_2_2)[1])], ids=["2.1", "2.2"]
+)
+def test_graphs_at_true_dimensions_agree_with_their_specs(arch: VaeArch, stage: StageSpec) -> None:
+    graph = stage_graph(toy_variant(arch), stage)
     assert graph.ByteSize() < 1 << 20
     attention = [node for node in graph.graph.node if node.op_type == "Attention"]
     assert [node.domain for node in attention] == ["wanrt"]
 
 
-def test_unnormalising_is_bit_equal_to_both_peers() -> None:
-    arch = VaeArch()
-    latents = random_latents(2, (3, 5))
-    mean = torch.tensor(arch.latents_mean).view(16, 1, 1, 1)
-    inverse_std = 1.0 / torch.tensor(arch.latents_std).view(16, 1, 1, 1)
+@pytest.mark.parametrize("arch", [VaeArch(), VAE_2_2], ids=["2.1", "2.2"])
+def test_unnormalising_is_bit_equal_to_both_peers(arch: VaeArch) -> None:
+    latents = random_latents(arch, 2, (3, 5))
+    mean = torch.tensor(arch.latents_mean).view(-1, 1, 1, 1)
+    inverse_std = 1.0 / torch.tensor(arch.latents_std).view(-1, 1, 1, 1)
     assert np.array_equal(unnormalise(latents.numpy(), arch), (latents / inverse_std + mean).numpy())
 
 

@@ -4,19 +4,18 @@ A setting that the stages cannot follow is refused, never ignored: it would chan
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from export.checkpoint.settings import SUPPORTED, Settings
 from export.layouts import Shape
 from runtime.errors import ExportError
-from runtime.variants import TextEncoderArch, TransformerArch, VaeArch
+from runtime.variants import ImageEncoderArch, TextEncoderArch, TransformerArch
 
-_LATENT_STATISTICS_CHANNELS = 16
-
-_ORIGINAL_KINDS = {
-    "i2v": "image-to-video",
-    "flf2v": "first-and-last-frame-to-video",
-    "ti2v": "text-and-image-to-video (TI2V-5B)",
+_ORIGINAL_KINDS = ("t2v", "i2v", "flf2v", "ti2v")
+_PER_TOKEN_KIND = "ti2v"
+_IMAGE_BRANCH, _IMAGE_POSITIONS = "img_emb.proj.0.weight", "img_emb.emb_pos"
+_OTHER_KINDS = {
     "s2v": "speech-to-video (S2V)",
     "vace": "VACE control",
     "animate": "Animate",
@@ -30,47 +29,47 @@ _ORIGINAL_FIXED: dict[str, tuple[Any, ...]] = {
 _ORIGINAL_READ = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
 _DIFFUSERS_READ = (
     "attention_head_dim", "ffn_dim", "num_attention_heads", "num_layers", "in_channels", "out_channels", "text_dim", "freq_dim",
-    "eps", "rope_max_seq_len",
+    "eps", "rope_max_seq_len", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len",
 )  # fmt: skip
 _DIFFUSERS_FIXED: dict[str, tuple[Any, ...]] = {
     "patch_size": ([1, 2, 2],),
     "window_size": ([-1, -1],),
     "qk_norm": ("rms_norm_across_heads",),
     "cross_attn_norm": (True,),
-    "image_dim": (None,),
-    "added_kv_proj_dim": (None,),
-    "pos_embed_seq_len": (None,),
-}
-_VAE_FIXED: dict[str, tuple[Any, ...]] = {
-    "attn_scales": ([],),
-    "is_residual": (False,),
-    "in_channels": (3,),
-    "out_channels": (3,),
-    "patch_size": (None,),
 }
 
 
 def check_original_kind(settings: Settings) -> None:
-    """Check that an original layout's `config.json` describes a text-to-video transformer as the stages compute it.
+    """Check that an original layout's `config.json` describes a transformer as the stages compute it.
 
     Raises:
         ExportError: another kind of model, or a setting that is not supported.
     """
     kind = settings.values.get("model_type", "t2v")
-    if kind != "t2v":
-        means = f" ({_ORIGINAL_KINDS[kind]})" if kind in _ORIGINAL_KINDS else ""
-        raise ExportError(f"{settings.where}: model_type={kind!r}{means}, supported: 't2v'", hint=SUPPORTED)
+    if kind not in _ORIGINAL_KINDS:
+        means = f" ({_OTHER_KINDS[kind]})" if kind in _OTHER_KINDS else ""
+        raise ExportError(f"{settings.where}: model_type={kind!r}{means}, supported: {_ORIGINAL_KINDS}", hint=SUPPORTED)
     settings.check_fixed({"_class_name": ("WanModel",), **_ORIGINAL_FIXED})
     settings.check_known((*_ORIGINAL_READ, "model_type", "text_dim", *_ORIGINAL_FIXED))
 
 
-def original_transformer_arch(settings: Settings, shape: Callable[[str], Shape]) -> TransformerArch:
-    """Numbers of an original layout's `config.json`; `text_dim`, which it leaves out, comes from a tensor's shape.
+def has_image_branch(names: Iterable[str]) -> bool:
+    """Whether a transformer of the original layout takes features of an image encoder; its config does not say."""
+    return _IMAGE_BRANCH in names
+
+
+def original_transformer_arch(
+    settings: Settings, names: Iterable[str], shape: Callable[[str], Shape], image_encoder: ImageEncoderArch | None
+) -> TransformerArch:
+    """Numbers of an original layout's `config.json`; what it leaves out comes from the tensors' shapes.
+
+    Args:
+        image_encoder: whose features an image branch takes; None without one.
 
     Raises:
         ExportError: a number is missing, or one that the stages cannot follow.
     """
-    text_dim = _shape(shape, "text_embedding.0.weight", rank=2)[-1]
+    text_dim = ranked_shape(shape, "text_embedding.0.weight", rank=2)[-1]
     settings.check_fixed({"text_dim": (text_dim,)})
     arch = TransformerArch(
         dim=settings.integer("dim"),
@@ -83,12 +82,22 @@ def original_transformer_arch(settings: Settings, shape: Callable[[str], Shape])
         text_len=settings.integer("text_len"),
         freq_dim=settings.integer("freq_dim"),
         eps=settings.number("eps"),
+        per_token_timesteps=settings.values.get("model_type") == _PER_TOKEN_KIND,
     )
+    if image_encoder is not None:
+        positions = ranked_shape(shape, _IMAGE_POSITIONS, rank=3)[1] if _IMAGE_POSITIONS in names else None
+        arch = _with_image_branch(settings, arch, ranked_shape(shape, _IMAGE_BRANCH, rank=1)[0], positions, image_encoder)
     return _sound_transformer(settings, arch)
 
 
-def diffusers_transformer_arch(settings: Settings) -> TransformerArch:
+def diffusers_transformer_arch(
+    settings: Settings, image_encoder: ImageEncoderArch | None, *, per_token_timesteps: bool
+) -> TransformerArch:
     """Numbers of a `WanTransformer3DModel` config, whose width is heads times head size.
+
+    Args:
+        image_encoder: the folder's; None without one.
+        per_token_timesteps: the pipeline's `expand_timesteps`.
 
     Raises:
         ExportError: another kind of model, or a setting that is not supported.
@@ -106,7 +115,16 @@ def diffusers_transformer_arch(settings: Settings) -> TransformerArch:
         text_dim=settings.integer("text_dim"),
         freq_dim=settings.integer("freq_dim"),
         eps=settings.number("eps"),
+        per_token_timesteps=per_token_timesteps,
     )
+    image_dim = settings.optional_integer("image_dim")
+    if (image_dim is None) != (image_encoder is None):
+        there = "no image_encoder" if image_encoder is None else "an image_encoder"
+        raise ExportError(f"{settings.where}: image_dim={image_dim}, but the folder has {there}", hint=SUPPORTED)
+    settings.check_fixed({"added_kv_proj_dim": (None if image_dim is None else arch.dim,)})
+    if image_dim is not None and image_encoder is not None:
+        positions = settings.optional_integer("pos_embed_seq_len")
+        arch = _with_image_branch(settings, arch, image_dim, positions, image_encoder)
     return _sound_transformer(settings, arch)
 
 
@@ -116,10 +134,10 @@ def original_text_encoder_arch(names: Iterable[str], shape: Callable[[str], Shap
     Raises:
         ExportError: a tensor the numbers come from is missing or has another rank.
     """
-    vocab_size, dim = _shape(shape, "token_embedding.weight", rank=2)
-    attention_dim, _ = _shape(shape, "blocks.0.attn.q.weight", rank=2)
-    ffn_dim, _ = _shape(shape, "blocks.0.ffn.gate.0.weight", rank=2)
-    num_buckets, num_heads = _shape(shape, "blocks.0.pos_embedding.embedding.weight", rank=2)
+    vocab_size, dim = ranked_shape(shape, "token_embedding.weight", rank=2)
+    attention_dim, _ = ranked_shape(shape, "blocks.0.attn.q.weight", rank=2)
+    ffn_dim, _ = ranked_shape(shape, "blocks.0.ffn.gate.0.weight", rank=2)
+    num_buckets, num_heads = ranked_shape(shape, "blocks.0.pos_embedding.embedding.weight", rank=2)
     arch = TextEncoderArch(
         dim=dim,
         attention_dim=attention_dim,
@@ -155,76 +173,36 @@ def diffusers_text_encoder_arch(settings: Settings) -> TextEncoderArch:
     )
 
 
-def original_vae_arch(names: Iterable[str], shape: Callable[[str], Shape]) -> VaeArch:
-    """Numbers of a Wan2.1 VAE from its tensors; the latent statistics, which are not in its file, are the published ones.
-
-    Raises:
-        ExportError: a tensor the numbers come from is missing, or the VAE has other latents than the published one.
-    """
-    names = set(names)
-    if any(name.startswith("encoder.downsamples.0.downsamples.") for name in names):
-        raise ExportError("vae: this is the Wan2.2 VAE of TI2V-5B", hint=SUPPORTED)
-    base_dim = _shape(shape, "encoder.conv1.weight", rank=5)[0]
-    z_dim = _shape(shape, "conv2.weight", rank=5)[0]
-    if z_dim != _LATENT_STATISTICS_CHANNELS:
-        raise ExportError(
-            f"vae: {z_dim} latent channels, and their mean and deviation are known for {_LATENT_STATISTICS_CHANNELS} only",
-            hint="a diffusers folder carries them in vae/config.json",
-        )
-    blocks, flags, widths = 0, [], []
-    for index in range(count_blocks(names, "encoder.downsamples")):
-        layer = f"encoder.downsamples.{index}"
-        if f"{layer}.resample.1.weight" in names:
-            flags.append(f"{layer}.time_conv.weight" in names)
-            widths.append(_shape(shape, f"{layer}.resample.1.weight", rank=4)[0])
-        elif not flags:
-            blocks += 1
-    widths.append(_shape(shape, "encoder.head.0.gamma", rank=4)[0])
-    if blocks == 0 or any(width % base_dim for width in widths):
-        raise ExportError(f"vae: widths {widths} over residual blocks of base width {base_dim} are not a Wan2.1 VAE")
-    return VaeArch(
-        base_dim=base_dim,
-        z_dim=z_dim,
-        dim_mult=tuple(width // base_dim for width in widths),
-        num_res_blocks=blocks,
-        temporal_downsample=tuple(flags),
-    )
-
-
-def diffusers_vae_arch(settings: Settings) -> VaeArch:
-    """Numbers and latent statistics of an `AutoencoderKLWan` config.
-
-    Raises:
-        ExportError: the Wan2.2 VAE, or a setting that is not supported.
-    """
-    if settings.values.get("is_residual"):
-        raise ExportError(f"{settings.where}: is_residual=True is the Wan2.2 VAE of TI2V-5B", hint=SUPPORTED)
-    base_dim = settings.integer("base_dim")
-    fixed = {"_class_name": ("AutoencoderKLWan",), "decoder_base_dim": (None, base_dim), **_VAE_FIXED}
-    settings.check_fixed(fixed)
-    read = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std", "dropout")
-    settings.check_known((*read, "scale_factor_temporal", "scale_factor_spatial", *fixed))
-    arch = VaeArch(
-        base_dim=base_dim,
-        z_dim=settings.integer("z_dim"),
-        dim_mult=settings.sequence("dim_mult", int),
-        num_res_blocks=settings.integer("num_res_blocks"),
-        temporal_downsample=settings.sequence("temperal_downsample", bool),
-        latents_mean=settings.sequence("latents_mean", float),
-        latents_std=settings.sequence("latents_std", float),
-    )
-    lengths = (len(arch.latents_mean), len(arch.latents_std), len(arch.temporal_downsample) + 1)
-    if lengths != (arch.z_dim, arch.z_dim, len(arch.dim_mult)) or min(arch.dim_mult) < 1 or 0.0 in arch.latents_std:
-        raise ExportError(f"{settings.where}: latents_mean, latents_std, temperal_downsample, dim_mult and z_dim disagree")
-    strides = {"scale_factor_spatial": (arch.spatial_stride,), "scale_factor_temporal": (arch.temporal_stride,)}
-    settings.check_fixed(strides, hint="the scale factors must be those of dim_mult and temperal_downsample")
-    return arch
-
-
 def count_blocks(names: Iterable[str], prefix: str) -> int:
     """How many different `prefix.{i}.` there are."""
     depth = prefix.count(".") + 1
     return len({name.split(".")[depth] for name in names if name.startswith(f"{prefix}.")})
+
+
+def ranked_shape(shape: Callable[[str], Shape], name: str, *, rank: int) -> Shape:
+    """The shape of tensor `name`.
+
+    Raises:
+        ExportError: it has another number of axes.
+    """
+    found = shape(name)
+    if len(found) != rank:
+        raise ExportError(f"{name} is {list(found)}, expected {rank} axes", hint="this is not a Wan checkpoint's file")
+    return found
+
+
+def _with_image_branch(
+    settings: Settings, arch: TransformerArch, image_dim: int, positions: int | None, encoder: ImageEncoderArch
+) -> TransformerArch:
+    """The transformer with an image branch, which has a table of positions where it takes more than one image."""
+    tokens = encoder.num_tokens if positions is None else positions
+    if image_dim != encoder.dim or tokens not in (encoder.num_tokens, 2 * encoder.num_tokens):
+        raise ExportError(
+            f"{settings.where}: takes {tokens} image features of {image_dim}, the image encoder gives {encoder.num_tokens} "
+            f"of {encoder.dim} an image",
+            hint="transformer and image encoder must come from the same checkpoint",
+        )
+    return replace(arch, image_dim=image_dim, image_tokens=tokens, image_positions=positions is not None)
 
 
 def _sound_transformer(settings: Settings, arch: TransformerArch) -> TransformerArch:
@@ -237,10 +215,3 @@ def _sound_transformer(settings: Settings, arch: TransformerArch) -> Transformer
     if arch.freq_dim % 2:
         raise ExportError(f"{settings.where}: freq_dim={arch.freq_dim}: the timestep's sines and cosines need an even number")
     return arch
-
-
-def _shape(shape: Callable[[str], Shape], name: str, *, rank: int) -> Shape:
-    found = shape(name)
-    if len(found) != rank:
-        raise ExportError(f"{name} is {list(found)}, expected {rank} axes", hint="this is not a Wan checkpoint's file")
-    return found

@@ -11,19 +11,21 @@ from export.checkpoint.architectures import (
     count_blocks,
     diffusers_text_encoder_arch,
     diffusers_transformer_arch,
-    diffusers_vae_arch,
+    has_image_branch,
     original_text_encoder_arch,
     original_transformer_arch,
-    original_vae_arch,
 )
 from export.checkpoint.folders import CheckpointFolder
+from export.checkpoint.image_encoders import diffusers_image_encoder, original_image_encoder
 from export.checkpoint.readers import TensorFile
-from export.checkpoint.settings import SUPPORTED, Settings
+from export.checkpoint.settings import Settings
 from export.checkpoint.sources import TensorSource
+from export.checkpoint.vae_architectures import diffusers_vae_arch, original_vae_arch
 from export.layouts import text_encoder_diffusers_names, transformer_diffusers_names, vae_diffusers_names
 from runtime.errors import ExportError
-from runtime.variants import VARIANTS, TextEncoderArch, TransformerArch, VaeArch
+from runtime.variants import VARIANTS, ImageEncoderArch, TextEncoderArch, TransformerArch, VaeArch
 
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 _EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 _DIT = "diffusion_pytorch_model"
 _SHARED_EMBEDDING = "shared.weight"
@@ -44,6 +46,7 @@ class Contents:
 
     transformers: tuple[tuple[TransformerArch, TensorSource], ...]
     text_encoder: tuple[TextEncoderArch, TensorSource]
+    image_encoder: tuple[ImageEncoderArch, TensorSource] | None
     vae: tuple[VaeArch, TensorSource]
     tokenizer: Path
     scheduler_config: dict[str, Any] | None = None
@@ -66,14 +69,13 @@ def layout_of(folder: CheckpointFolder) -> Layout:
 
 
 def check_kind(folder: CheckpointFolder) -> None:
-    """Check that the folder's top config files describe a text-to-video model; no weights need be there.
+    """Check that the folder's top config files describe a supported kind of model; no weights need be there.
 
     Raises:
         ExportError: no checkpoint, or one of another kind; the message says which.
     """
     if layout_of(folder) is Layout.DIFFUSERS:
-        fixed = {"_class_name": ("WanPipeline",), "expand_timesteps": (False, None)}
-        _settings(folder, "model_index.json").check_fixed(fixed)
+        _settings(folder, "model_index.json").check_fixed({"_class_name": _PIPELINES, "expand_timesteps": (False, True, None)})
         return
     for place in _original_places(folder):
         check_original_kind(_settings(folder, f"{place}/config.json"))
@@ -87,20 +89,22 @@ def original_contents(folder: CheckpointFolder) -> Contents:
     """
     check_kind(folder)
     places = _original_places(folder)
+    components = _expert_components(len(places))
+    sources = [TensorSource(component, folder.shards(place, _DIT)) for place, component in zip(places, components, strict=True)]
+    image_encoder = original_image_encoder(folder) if has_image_branch(sources[0].names()) else None
+    image_arch = image_encoder[0] if image_encoder else None
     transformers = []
-    for place, component in zip(places, _expert_components(len(places)), strict=True):
+    for place, source in zip(places, sources, strict=True):
         settings = _settings(folder, f"{place}/config.json")
-        source = TensorSource(component, folder.shards(place, _DIT))
-        arch = original_transformer_arch(settings, source.shape)
+        arch = original_transformer_arch(settings, source.names(), source.shape, image_arch)
         _check_depth(settings, "num_layers", arch.num_layers, count_blocks(source.names(), "blocks"))
         transformers.append((arch, source))
-    if not (folder.root / "Wan2.1_VAE.pth").exists() and list(folder.root.glob("Wan2.2_VAE.*")):
-        raise ExportError(f"{folder.root}: has the Wan2.2 VAE of TI2V-5B, needs Wan2.1_VAE.pth", hint=SUPPORTED)
     text_encoder = TensorSource("text_encoder", [folder.weights("models_t5_*")])
-    vae = TensorSource("vae", [folder.weights("Wan2.1_VAE")])
+    vae = TensorSource("vae", [folder.weights("Wan2.[12]_VAE")])
     return Contents(
         transformers=tuple(transformers),
         text_encoder=(original_text_encoder_arch(text_encoder.names(), text_encoder.shape), text_encoder),
+        image_encoder=image_encoder,
         vae=(original_vae_arch(vae.names(), vae.shape), vae),
         tokenizer=folder.file("google/umt5-xxl/tokenizer.json"),
     )
@@ -123,11 +127,17 @@ def diffusers_contents(folder: CheckpointFolder) -> Contents:
         )
     places = ("transformer", "transformer_2") if two_experts else ("transformer",)
     components = _expert_components(len(places))
+    has_image_encoder = index.values.get("image_encoder") not in (None, [None, None])
+    image_encoder = diffusers_image_encoder(folder) if has_image_encoder else None
+    per_token = bool(index.values.get("expand_timesteps"))
+    image_arch = image_encoder[0] if image_encoder else None
     return Contents(
         transformers=tuple(
-            _diffusers_transformer(folder, place, component) for place, component in zip(places, components, strict=True)
+            _diffusers_transformer(folder, place, component, image_arch, per_token_timesteps=per_token)
+            for place, component in zip(places, components, strict=True)
         ),
         text_encoder=_diffusers_text_encoder(folder),
+        image_encoder=image_encoder,
         vae=_diffusers_vae(folder),
         tokenizer=folder.file("tokenizer/tokenizer.json"),
         scheduler_config=folder.json("scheduler/scheduler_config.json"),
@@ -140,9 +150,11 @@ def _original_places(folder: CheckpointFolder) -> tuple[str, ...]:
     return _EXPERT_FOLDERS if any(folder.has(name) for name in _EXPERT_FOLDERS) else (".",)
 
 
-def _diffusers_transformer(folder: CheckpointFolder, place: str, component: str) -> tuple[TransformerArch, TensorSource]:
+def _diffusers_transformer(
+    folder: CheckpointFolder, place: str, component: str, image_encoder: ImageEncoderArch | None, *, per_token_timesteps: bool
+) -> tuple[TransformerArch, TensorSource]:
     settings = _settings(folder, f"{place}/config.json")
-    arch = diffusers_transformer_arch(settings)
+    arch = diffusers_transformer_arch(settings, image_encoder, per_token_timesteps=per_token_timesteps)
     files = folder.shards(place, _DIT)
     stored = _stored_names(files)
     _check_depth(settings, "num_layers", arch.num_layers, count_blocks(stored, "blocks"))

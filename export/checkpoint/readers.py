@@ -24,12 +24,17 @@ _RENEW_AFTER_BYTES = 64 << 20  # opening a .pth anew costs about 10 ms, whatever
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor is: its file, its name there, its shape, and its element type by its safetensors name."""
+    """Where a tensor is: its file, its name there, its shape, and its element type by its safetensors name.
+
+    It may be one of several `parts` of equal shape that lie there as one tensor, joined along the first axis.
+    """
 
     file: "TensorFile"
     name: str
     shape: Shape
     dtype: str
+    part: int = 0
+    parts: int = 1
 
 
 class TensorFile(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.errors import ExportError
 
-SUPPORTED = "only text-to-video checkpoints of Wan2.1 and Wan2.2 (A14B) are supported"
+SUPPORTED = "text-to-video and image-to-video checkpoints of Wan2.1 and Wan2.2 are supported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,10 @@ class Settings:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ExportError(f"{self.where}: {key}={value!r}, expected a positive whole number")
         return value
+
+    def optional_integer(self, key: str) -> int | None:
+        """A positive whole number; None where it is absent or null."""
+        return None if self.values.get(key) is None else self.integer(key)
 
     def number(self, key: str) -> float:
         """A positive number."""

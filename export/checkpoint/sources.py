@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from export.checkpoint.readers import DOWNLOAD_AGAIN, StoredTensor, TensorFile
+from export.checkpoint.settings import SUPPORTED
 from export.layouts import Shape, Table
 from runtime.errors import ExportError
 from runtime.specs import DType
@@ -25,7 +27,7 @@ _MEANINGS = {
     "decoder.block.": "a text encoder-decoder; only the encoder is used",
     "lora_unet_": "a LoRA",
 }
-"""What a tensor that a text-to-video layout does not have says about its checkpoint, by how its name begins."""
+"""What a tensor that a layout does not have says about its checkpoint, by how its name begins."""
 
 
 class TensorSource:
@@ -34,7 +36,8 @@ class TensorSource:
     Args:
         component: the name errors call it by, such as `transformer_low_noise`.
         files: the files that hold it, shards or one.
-        names: original name of each stored name; a stored name that is not in it keeps its own.
+        names: original name of each stored name, or the names of those it holds joined along the first axis; a stored name that
+            is not in it keeps its own.
         ignored: stored names that carry nothing, such as aliases.
 
     Raises:
@@ -46,21 +49,21 @@ class TensorSource:
         component: str,
         files: Iterable[TensorFile],
         *,
-        names: Mapping[str, str] | None = None,
+        names: Mapping[str, str | tuple[str, ...]] | None = None,
         ignored: Collection[str] = (),
     ) -> None:
         self.component = component
         self._files = tuple(files)
         self._stored: dict[str, StoredTensor] = {}
-        for stored in (stored for file in self._files for stored in file.tensors if stored.name not in ignored):
-            name = (names or {}).get(stored.name, stored.name)
-            if name in self._stored:
-                places = f"{self._stored[name].file.path.name} and {stored.file.path.name}"
-                raise ExportError(
-                    f"{component}: tensor {stored.name} is in both {places}; it may be stored only once",
-                    hint="remove the file that does not belong to this checkpoint, or download it again",
-                )
-            self._stored[name] = stored
+        for whole in (stored for file in self._files for stored in file.tensors if stored.name not in ignored):
+            for name, stored in _parts(whole, (names or {}).get(whole.name, whole.name)):
+                if name in self._stored:
+                    places = f"{self._stored[name].file.path.name} and {stored.file.path.name}"
+                    raise ExportError(
+                        f"{component}: tensor {stored.name} is in both {places}; it may be stored only once",
+                        hint="remove the file that does not belong to this checkpoint, or download it again",
+                    )
+                self._stored[name] = stored
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's original name."""
@@ -98,6 +101,8 @@ class TensorSource:
         """
         stored = self._find(name)
         tensor = stored.file.read(stored.name)
+        if stored.parts > 1:
+            tensor = tensor.chunk(stored.parts)[stored.part]
         if tuple(tensor.shape) != stored.shape:
             raise ExportError(
                 f"{self.component}: {name} is now {list(tensor.shape)}, was {list(stored.shape)} when it was opened",
@@ -137,7 +142,7 @@ def check_component(source: TensorSource, table: Table) -> None:
     if meanings:
         raise ExportError(
             f"{source.component}: tensors such as {_some(unexpected)} belong to another model: {', '.join(sorted(meanings))}",
-            hint="only text-to-video checkpoints of Wan2.1 and Wan2.2 (A14B) are supported",
+            hint=SUPPORTED,
         )
     if missing:
         also = f"; {len(unexpected)} others are not expected, such as {_some(unexpected)}" if unexpected else ""
@@ -152,6 +157,16 @@ def check_component(source: TensorSource, table: Table) -> None:
         )
     for name, shape in table.items():
         _check_tensor(source, name, shape)
+
+
+def _parts(stored: StoredTensor, names: str | tuple[str, ...]) -> list[tuple[str, StoredTensor]]:
+    """What a stored tensor holds, by original name: itself, or equal parts of it along the first axis."""
+    if isinstance(names, str):
+        return [(names, stored)]
+    shape = stored.shape  # of all of it, and so refused for each part, where it cannot be divided
+    if shape and shape[0] % len(names) == 0:
+        shape = (shape[0] // len(names), *shape[1:])
+    return [(name, replace(stored, shape=shape, part=i, parts=len(names))) for i, name in enumerate(names)]
 
 
 def _check_tensor(source: TensorSource, name: str, expected: Shape) -> None:

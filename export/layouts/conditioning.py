@@ -1,36 +1,12 @@
-"""Layouts of what image, control and camera variants add to the diffusion transformer; a variant's table is base `|` branches.
+"""Layouts of what control and camera variants add to the diffusion transformer; a variant's table is base `|` branches.
 
-Sources: Wan-Video/Wan2.1 `wan/modules/{model,vace_model}.py`; modelscope/DiffSynth-Studio `diffsynth/models/wan_video_dit.py`,
+Sources: Wan-Video/Wan2.1 `wan/modules/vace_model.py`; modelscope/DiffSynth-Studio `diffsynth/models/wan_video_dit.py`,
 `wan_video_camera_controller.py` and `wan_video_motion_controller.py` (fed7b18f).
 """
 
-from export.layouts.tables import Table, conv, layer_norm, linear, prefixed
+from export.layouts.tables import Table, conv, linear, prefixed
 from export.layouts.transformer import block_tensors
 from runtime.variants import TransformerArch
-
-CLIP_DIM = 1280
-
-
-def image_tensors(arch: TransformerArch, *, image_tokens: int | None = None) -> Table:
-    """The CLIP branch: an embedding MLP and, per block, keys and values of the image.
-
-    Args:
-        image_tokens: rows of a learned position table, which only the first-and-last-frame model has.
-    """
-    table: Table = {
-        **layer_norm("img_emb.proj.0", CLIP_DIM),
-        **linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM),
-        **linear("img_emb.proj.3", arch.dim, CLIP_DIM),
-        **layer_norm("img_emb.proj.4", arch.dim),
-    }
-    for block in range(arch.num_layers):
-        attention: Table = {
-            **linear("k_img", arch.dim, arch.dim),
-            **linear("v_img", arch.dim, arch.dim),
-            "norm_k_img.weight": (arch.dim,),
-        }
-        table |= prefixed(f"blocks.{block}.cross_attn", attention)
-    return table | ({"img_emb.emb_pos": (1, image_tokens, CLIP_DIM)} if image_tokens else {})
 
 
 def reference_tensors(arch: TransformerArch, *, latent_channels: int = 16) -> Table:

@@ -1,16 +1,10 @@
-"""Layouts of the encoders other variants bring along: the CLIP image tower, wav2vec2 for speech, and the VAE of TI2V-5B.
+"""Layouts of the encoders other variants bring along: the CLIP image tower, and wav2vec2 for speech.
 
-Sources: Wan-Video/Wan2.1 `wan/modules/{clip,xlm_roberta}.py` (9737cba9), Wan-Video/Wan2.2 `wan/modules/vae2_2.py` (42bf4cfa),
-transformers `Wav2Vec2ForCTC` (weight norm stored in its first form, `weight_g` and `weight_v`).
+Sources: Wan-Video/Wan2.1 `wan/modules/{clip,xlm_roberta}.py` (9737cba9), transformers `Wav2Vec2ForCTC` (weight norm stored in its first
+form, `weight_g` and `weight_v`).
 """
 
-import itertools
-
-from export.layouts.tables import Shape, Table, conv, layer_norm, linear, prefixed
-from export.layouts.vae import attention, resample, residual_block
-
-_CUBE: Shape = (3, 3, 3)
-_POINT: Shape = (1, 1, 1)
+from export.layouts.tables import Table, conv, layer_norm, linear, prefixed
 
 
 def clip_tensors() -> Table:
@@ -81,56 +75,3 @@ def wav2vec2_tensors(dim: int = 1024, num_layers: int = 24, vocab_size: int = 33
     for index in range(num_layers):
         table |= prefixed(f"encoder.layers.{index}", block)
     return prefixed("wav2vec2", table) | linear("lm_head", vocab_size, dim)
-
-
-def vae_2_2_tensors(
-    *,
-    encoder_dim: int = 160,
-    decoder_dim: int = 256,
-    z_dim: int = 48,
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4),
-    num_res_blocks: int = 2,
-    temporal_downsample: tuple[bool, ...] = (False, True, True),
-) -> Table:
-    """The VAE of TI2V-5B: images folded 2x2 into 12 channels, levels nested, resampling keeps the width."""
-    folded = 3 * 2 * 2
-    encoder = _nested_half(
-        "downsamples",
-        widths=[encoder_dim, *(encoder_dim * multiple for multiple in dim_mult)],
-        blocks=num_res_blocks,
-        temporal=temporal_downsample,
-        time_factor=1,
-        ends=(folded, 2 * z_dim),
-    )
-    decoder = _nested_half(
-        "upsamples",
-        widths=[decoder_dim * dim_mult[-1], *(decoder_dim * multiple for multiple in reversed(dim_mult))],
-        blocks=num_res_blocks + 1,
-        temporal=temporal_downsample[::-1],
-        time_factor=2,
-        ends=(z_dim, folded),
-    )
-    return {
-        **prefixed("encoder", encoder),
-        **conv("conv1", 2 * z_dim, 2 * z_dim, kernel=_POINT),
-        **conv("conv2", z_dim, z_dim, kernel=_POINT),
-        **prefixed("decoder", decoder),
-    }
-
-
-def _nested_half(
-    name: str, *, widths: list[int], blocks: int, temporal: tuple[bool, ...], time_factor: int, ends: tuple[int, int]
-) -> Table:
-    """Encoder or decoder; `ends` are the channels that go in and come out, `time_factor` the growth of a time convolution."""
-    middle = widths[-1] if name == "downsamples" else widths[0]
-    table: Table = conv("conv1", widths[0], ends[0], kernel=_CUBE)
-    for level, (in_channels, out_channels) in enumerate(itertools.pairwise(widths)):
-        layers = [residual_block(in_channels if block == 0 else out_channels, out_channels) for block in range(blocks)]
-        if level < len(temporal):
-            time_channels = time_factor * out_channels if temporal[level] else None
-            layers.append(resample(out_channels, out_channels, time_channels=time_channels))
-        for position, layer in enumerate(layers):
-            table |= prefixed(f"{name}.{level}.{name}.{position}", layer)
-    for position, layer in enumerate((residual_block(middle, middle), attention(middle), residual_block(middle, middle))):
-        table |= prefixed(f"middle.{position}", layer)
-    return table | {"head.0.gamma": (widths[-1], 1, 1, 1), **conv("head.2", ends[1], widths[-1], kernel=_CUBE)}

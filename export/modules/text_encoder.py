@@ -4,9 +4,9 @@ Parameter names are the names inside the bundle (q, k and v fused). Formulas: Wa
 checked against transformers' `UMT5EncoderModel`.
 """
 
-import torch
 from torch import Tensor, nn
 
+from export import functions as op
 from export.modules.layers import LinearNoBias
 from runtime.variants import TextEncoderArch
 
@@ -17,13 +17,14 @@ class Block(nn.Module):
     def __init__(self, arch: TextEncoderArch) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(arch.dim, eps=arch.eps)
-        self.pos_embedding = _PositionBias(arch)
+        self.pos_embedding = _PositionTable(arch)
         self.attn = _SelfAttention(arch)
         self.norm2 = nn.RMSNorm(arch.dim, eps=arch.eps)
         self.ffn = _GatedFfn(arch)
 
     def forward(self, hidden_states: Tensor, position_buckets: Tensor) -> Tensor:
-        x = hidden_states + self.attn.forward(self.norm1(hidden_states), self.pos_embedding(position_buckets))
+        position_table = self.pos_embedding.embedding.weight
+        x = hidden_states + self.attn.forward(self.norm1(hidden_states), position_table, position_buckets)
         return x + self.ffn.forward(self.norm2(x))
 
 
@@ -38,17 +39,12 @@ class FinalNorm(nn.Module):
         return self.norm.forward(hidden_states)
 
 
-class _PositionBias(nn.Module):
-    """The block's own table, looked up by bucket: [S, S] → [heads, S, S]."""
+class _PositionTable(nn.Module):
+    """The block's own biases, [buckets, heads]."""
 
     def __init__(self, arch: TextEncoderArch) -> None:
         super().__init__()
         self.embedding = nn.Embedding(arch.num_buckets, arch.num_heads)
-
-    def forward(self, position_buckets: Tensor) -> Tensor:
-        num_tokens = position_buckets.shape[0]  # len() would fix the number of tokens in the graph
-        by_head = self.embedding.weight.t()  # [heads, buckets]: gathered along the row, nothing large is transposed
-        return torch.index_select(by_head, 1, position_buckets.flatten()).view(-1, num_tokens, num_tokens)
 
 
 class _SelfAttention(nn.Module):
@@ -58,21 +54,23 @@ class _SelfAttention(nn.Module):
         self.qkv = LinearNoBias(arch.dim, 3 * arch.attention_dim)
         self.o = LinearNoBias(arch.attention_dim, arch.dim)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = self.qkv.forward(x).view(x.shape[0], 3, self.num_heads, -1).permute(1, 2, 0, 3)
-        scores = query @ key.transpose(1, 2) + bias  # [heads, S, S]; no 1/sqrt(head_dim): UMT5 was trained without
-        return self.o.forward((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
+    def forward(self, x: Tensor, position_table: Tensor, position_buckets: Tensor) -> Tensor:
+        query, key, value = self.qkv.forward(x).chunk(3, dim=-1)
+        # no 1/sqrt(head_dim): UMT5 was trained without
+        return self.o.forward(
+            op.biased_attention(query, key, value, position_table, position_buckets, num_heads=self.num_heads)
+        )
 
 
 class _GatedFfn(nn.Module):
     def __init__(self, arch: TextEncoderArch) -> None:
         super().__init__()
-        self.gate = nn.Sequential(LinearNoBias(arch.dim, arch.ffn_dim), nn.GELU(approximate="tanh"))
+        self.gate = nn.Sequential(LinearNoBias(arch.dim, arch.ffn_dim))
         self.fc1 = LinearNoBias(arch.dim, arch.ffn_dim)
         self.fc2 = LinearNoBias(arch.ffn_dim, arch.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2.forward(self.fc1(x) * self.gate(x))
+        return self.fc2.forward(op.gated_gelu(self.gate(x), self.fc1(x)))
 
 
 TEXT_ENCODER_MODULES: dict[str, type[nn.Module]] = {

@@ -3,17 +3,30 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runtime.backends.base import Backend
+from runtime.backends.base import Session
+from runtime.memory import Layout
+from runtime.specs import Precision, StageSpec
+
+if TYPE_CHECKING:  # a component opens backends' engines, so it imports this package
+    from runtime.component import Component
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendOptions:
-    """What backends are opened with; each takes what concerns it."""
+    """What sessions are opened with; each target takes what concerns it."""
 
     num_threads: int
     read_kernels: Callable[[], Mapping[str, bytes]]
     """Compiled kernels of the bundle's target, by GPU architecture."""
+    vram: int | None = None
+    """Bytes of device memory to use; None: what is free, less a margin."""
+
+
+Rehearse = Callable[[tuple[StageSpec, ...], Mapping[str, Path], Callable[["Component"], object], Precision], Layout]
+"""Device memory that work on a network needs besides its weights: its stages, its engine files, the work, attention's precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +36,11 @@ class RuntimeTarget:
     name: str
     needs: str
     obstacle: Callable[[], str | None]
-    open_backend: Callable[[str, BackendOptions], Backend]
-    """Opens the backend of one network (`runtime.stages.NETWORKS`)."""
+    open_session: Callable[[BackendOptions], Session]
+    attention: tuple[Precision, ...]
+    """Precisions that self-attention can be asked for, the default first."""
+    rehearse: Rehearse | None = None
+    """None for a target without device memory of its own."""
 
 
 def _cpu_obstacle() -> str | None:
@@ -33,10 +49,11 @@ def _cpu_obstacle() -> str | None:
     return None
 
 
-def _open_cpu(network: str, options: BackendOptions) -> Backend:
+def _open_cpu(options: BackendOptions) -> Session:
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from runtime.backends.separate import SeparateSession
 
-    return OnnxRuntimeBackend(num_threads=options.num_threads)
+    return SeparateSession(lambda network: OnnxRuntimeBackend(num_threads=options.num_threads))
 
 
 def _cuda_obstacle() -> str | None:
@@ -44,22 +61,44 @@ def _cuda_obstacle() -> str | None:
         return 'cuda-bindings is not installed; `pip install "wanrt[cuda]"`'
     from runtime.backends.cuda.device import find_obstacle
 
-    return find_obstacle() or _cpu_obstacle()
+    return find_obstacle()
 
 
-def _open_cuda(network: str, options: BackendOptions) -> Backend:
-    if network == "transformer":
-        from runtime.backends.cuda.engine import CudaBackend
+def _open_cuda(options: BackendOptions) -> Session:
+    from runtime.backends.cuda.copies import CopyStream
+    from runtime.backends.cuda.engine import CudaBackend
+    from runtime.backends.cuda.session import CudaSession
 
-        return CudaBackend(options.read_kernels())
-    from runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+    backend = CudaBackend(options.read_kernels())
+    try:
+        return CudaSession(backend, CopyStream(backend.device), vram=options.vram)
+    except BaseException:
+        backend.close()
+        raise
 
-    return OnnxRuntimeCudaBackend(num_threads=options.num_threads)
+
+def _rehearse_cuda(
+    stages: tuple[StageSpec, ...], engines: Mapping[str, Path], drive: Callable[["Component"], object], attention: Precision
+) -> Layout:
+    from runtime.backends.cuda.rehearsal import rehearse
+
+    return rehearse(stages, engines, drive, attention=attention)
 
 
 RUNTIME_TARGETS = (
     RuntimeTarget(
-        name="cuda", needs="an NVIDIA GPU of sm_80 or later and its driver", obstacle=_cuda_obstacle, open_backend=_open_cuda
+        name="cuda",
+        needs="an NVIDIA GPU of sm_80 or later and its driver",
+        obstacle=_cuda_obstacle,
+        open_session=_open_cuda,
+        attention=(Precision.BF16, Precision.FP8),
+        rehearse=_rehearse_cuda,
     ),
-    RuntimeTarget(name="cpu", needs="any CPU, ONNX Runtime", obstacle=_cpu_obstacle, open_backend=_open_cpu),
+    RuntimeTarget(
+        name="cpu",
+        needs="any CPU, ONNX Runtime",
+        obstacle=_cpu_obstacle,
+        open_session=_open_cpu,
+        attention=(Precision.FP32,),
+    ),
 )

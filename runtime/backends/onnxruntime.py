@@ -1,6 +1,6 @@
 """The `cpu` target: engines run by ONNX Runtime's CPU provider. A tensor is a NumPy array."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,76 +19,31 @@ _ORT_TYPES = {
 }
 
 
-def open_session(path: Path, stage: StageSpec, *, provider: str, num_threads: int) -> Any:
-    """An ONNX Runtime session on one provider, its inputs and outputs checked against the stage.
-
-    Raises:
-        EngineError: ONNX Runtime cannot open the file there, or it is not this stage's.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.enable_cpu_mem_arena = False  # an arena would keep every stage's peak until the end
-    options.enable_mem_pattern = False  # a decoded video's peak: 460 MiB without the planned block, 567 with it
-    options.intra_op_num_threads = num_threads
-    # Every session has its own threads; left to spin, they take the cores from the next stage's (0.40 s a step against 0.87).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as exc:  # ONNX Runtime raises its own unrelated exception types
-        raise EngineError(
-            f"{stage.name}: ONNX Runtime {onnxruntime.__version__} cannot open {path.name}: {exc}",
-            hint="rebuild the bundle with `wanrt build-engines`, or update onnxruntime",
-        ) from exc
-    if provider not in session.get_providers():  # it would quietly take the CPU instead
-        raise EngineError(
-            f"{stage.name}: ONNX Runtime {onnxruntime.__version__} has no {provider}",
-            hint='install the one for GPUs, and only it: `pip uninstall onnxruntime; pip install "wanrt[cuda]"`',
-        )
-    _check_against_spec(session, stage)
-    return session
-
-
-def check_outputs(stage: StageSpec, extents: Mapping[str, int], shapes: Sequence[Sequence[int]]) -> None:
-    """Check the shapes that came out of a session.
-
-    Raises:
-        EngineError: one differs from what the stage declares for these extents.
-    """
-    for tensor, shape in zip(stage.outputs, shapes, strict=True):
-        expected = [resolve(axis, extents) for axis in tensor.shape]
-        if list(shape) != expected:
-            raise EngineError(
-                f"{stage.name}: {tensor.name} came out as {list(shape)}, expected {expected}",
-                hint="the bundle is damaged or was built by another version; rebuild it",
-            )
-
-
-def execution_error(stage: StageSpec, shapes: Mapping[str, Sequence[int]], error: Exception) -> EngineError:
-    """What to raise when a session failed while running."""
-    return EngineError(
-        f"{stage.name}: execution failed with {dict(shapes)}: {error}",
-        hint="with too little memory, lower --size or --frames or use --tile; otherwise rebuild the bundle",
-    )
-
-
 class OnnxRuntimeEngine:
     """One stage in one ONNX Runtime session on the CPU."""
 
     def __init__(self, path: Path, stage: StageSpec, *, num_threads: int) -> None:
-        self._session = open_session(path, stage, provider="CPUExecutionProvider", num_threads=num_threads)
+        self._session = _open_session(path, stage, num_threads=num_threads)
         self._stage = stage
         self._outputs = [tensor.name for tensor in stage.outputs]
 
-    def run(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, tensors: Mapping[str, Array], *, consumed: Collection[str] = ()) -> dict[str, Array]:
         shapes = {tensor.name: tensors[tensor.name].shape for tensor in self._stage.inputs}
         extents = match_shapes(self._stage, shapes)
         try:
             outputs = self._session.run(self._outputs, tensors)
         except Exception as exc:
-            raise execution_error(self._stage, shapes, exc) from exc
-        check_outputs(self._stage, extents, [output.shape for output in outputs])
+            raise EngineError(
+                f"{self._stage.name}: execution failed with {shapes}: {exc}",
+                hint="with too little memory, lower --size or --frames or use --tile; otherwise rebuild the bundle",
+            ) from exc
+        for tensor, output in zip(self._stage.outputs, outputs, strict=True):
+            expected = tuple(resolve(axis, extents) for axis in tensor.shape)
+            if output.shape != expected:
+                raise EngineError(
+                    f"{self._stage.name}: {tensor.name} came out as {list(output.shape)}, expected {list(expected)}",
+                    hint="the bundle is damaged or was built by another version; rebuild it",
+                )
         return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
@@ -121,6 +76,27 @@ class OnnxRuntimeBackend:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Nothing is held outside of engines and arrays."""
+
+
+def _open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # an arena would keep every stage's peak until the end
+    options.enable_mem_pattern = False  # a decoded video's peak: 460 MiB without the planned block, 567 with it
+    options.intra_op_num_threads = num_threads
+    # Every session has its own threads; left to spin, they take the cores from the next stage's (0.40 s a step against 0.87).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # ONNX Runtime raises its own unrelated exception types
+        raise EngineError(
+            f"{stage.name}: ONNX Runtime {onnxruntime.__version__} cannot open {path.name}: {exc}",
+            hint="rebuild the bundle with `wanrt build-engines`, or update onnxruntime",
+        ) from exc
+    _check_against_spec(session, stage)
+    return session
 
 
 def _check_against_spec(session: Any, stage: StageSpec) -> None:

@@ -50,6 +50,10 @@ class Schedule:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    def without_first(self, steps: int) -> "Schedule":
+        """The schedule of a run that begins `steps` steps later, from latents that hold less noise."""
+        return Schedule(self.sigmas[steps:], self.timesteps[steps:])
+
 
 def make_schedule(scheduler: SchedulerName, *, conventions: Conventions, num_steps: int, shift: float) -> Schedule:
     """The schedule of `num_steps` steps: an even grid of sigmas bent by `shift` towards pure noise.

@@ -1,7 +1,7 @@
 """What every solver offers and what may be chosen about it. Solvers know sigmas; they know neither model nor guidance."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class SolverSettings:
     solver_type: SolverType = SolverType.MIDPOINT
     disable_corrector: tuple[int, ...] = ()
     """UniPC: steps whose result is not corrected at the step after."""
+
+    def without_first(self, steps: int) -> "SolverSettings":
+        """The settings for a schedule that begins `steps` steps later."""
+        return replace(self, disable_corrector=tuple(step - steps for step in self.disable_corrector))
 
 
 WAN_SETTINGS = SolverSettings()

@@ -1,10 +1,14 @@
 """The stages of the diffusion transformer.
 
 One step runs `embed`, then per block `block_in` → `attention` → `block_out`, then `head`. `time_embed` runs once a step,
-`text_embed` and, per block, `text_kv` once a prompt. Tokens are the only dynamic extent: patches are cut and put back on the host.
+`text_embed` and, per block, `text_kv` once a prompt, `image_embed` and `image_kv` once a video. Tokens are the only dynamic extent:
+patches are cut and put back on the host.
+
+Where leading frames may be clean, the time embedding has two rows, of timestep 0 and of the step's own: the first `num_clean` tokens
+take row 0, all others row 1.
 """
 
-from runtime.specs import StageSpec, TensorSpec
+from runtime.specs import DType, StageSpec, TensorSpec
 from runtime.variants import TransformerArch
 
 
@@ -19,19 +23,24 @@ def transformer_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
     tokens, text_tokens = "tokens", arch.text_len
     hidden_states = TensorSpec("hidden_states", (tokens, dim))
     context = TensorSpec("context", (text_tokens, dim))
-    temb = TensorSpec("temb", (1, dim))
-    time_modulation = TensorSpec("time_modulation", (6, dim))
+    rows = 2 if arch.per_token_timesteps else 1
+    temb = TensorSpec("temb", (rows, dim))
+    time_modulation = TensorSpec("time_modulation", (2, 6 * dim) if arch.per_token_timesteps else (6, dim))
+    num_clean = (TensorSpec("num_clean", (1,), DType.I64),) if arch.per_token_timesteps else ()
     modulation = TensorSpec("modulation", (6, dim))  # the block's own table, added to time_modulation
     rope = TensorSpec("rope_cos", (tokens, head_dim // 2)), TensorSpec("rope_sin", (tokens, head_dim // 2))
     query, key, value = (TensorSpec(name, (tokens, dim)) for name in ("query", "key", "value"))
     attention_output = TensorSpec("attention_output", (tokens, dim))
     text_key, text_value = (TensorSpec(name, (text_tokens, dim)) for name in ("text_key", "text_value"))
+    image_pair = tuple(TensorSpec(name, (arch.image_tokens, dim)) for name in ("image_key", "image_value"))
+    image = image_pair if arch.image_dim is not None else ()
     return (
         StageSpec(
             name="transformer.text_embed",
             inputs=(TensorSpec("encoder_hidden_states", (text_tokens, arch.text_dim)),),
             weights=(*_linear("text_embedding.0", dim, arch.text_dim), *_linear("text_embedding.2", dim, dim)),
             outputs=(context,),
+            per_prompt=True,
         ),
         StageSpec(
             name="transformer.text_kv",
@@ -39,10 +48,12 @@ def transformer_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
             weights=(*_linear("cross_attn.kv", 2 * dim, dim), TensorSpec("cross_attn.norm_k.weight", (dim,))),
             outputs=(text_key, text_value),
             per_block=True,
+            per_prompt=True,
         ),
+        *_image_stages(arch),
         StageSpec(
             name="transformer.time_embed",
-            inputs=(TensorSpec("timestep_features", (1, arch.freq_dim)),),
+            inputs=(TensorSpec("timestep_features", (rows, arch.freq_dim)),),
             weights=(
                 *_linear("time_embedding.0", dim, arch.freq_dim),
                 *_linear("time_embedding.2", dim, dim),
@@ -58,7 +69,7 @@ def transformer_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
         ),
         StageSpec(
             name="transformer.block_in",
-            inputs=(hidden_states, time_modulation, *rope),
+            inputs=(hidden_states, time_modulation, *rope, *num_clean),
             weights=(
                 modulation,
                 *_linear("self_attn.qkv", 3 * dim, dim),
@@ -76,7 +87,7 @@ def transformer_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
         ),
         StageSpec(
             name="transformer.block_out",
-            inputs=(hidden_states, attention_output, time_modulation, text_key, text_value),
+            inputs=(hidden_states, attention_output, time_modulation, text_key, text_value, *image, *num_clean),
             weights=(
                 modulation,
                 *_linear("self_attn.o", dim, dim),
@@ -93,8 +104,44 @@ def transformer_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
         ),
         StageSpec(
             name="transformer.head",
-            inputs=(hidden_states, temb),
+            inputs=(hidden_states, temb, *num_clean),
             weights=(TensorSpec("head.modulation", (2, dim)), *_linear("head.head", patch_out, dim)),
             outputs=(TensorSpec("noise_patches", (tokens, patch_out)),),
         ),
     )
+
+
+def _image_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
+    """The image branch: features → context, and each block's keys and values of it."""
+    if arch.image_dim is None:
+        return ()
+    dim, image_dim, image_tokens = arch.dim, arch.image_dim, arch.image_tokens
+    image_context = TensorSpec("image_context", (image_tokens, dim))
+    positions = (TensorSpec("img_emb.emb_pos", (image_tokens, image_dim)),) if arch.image_positions else ()
+    return (
+        StageSpec(
+            name="transformer.image_embed",
+            inputs=(TensorSpec("encoder_hidden_states_image", (image_tokens, image_dim)),),
+            weights=(
+                *positions,
+                *_norm("img_emb.proj.0", image_dim),
+                *_linear("img_emb.proj.1", image_dim, image_dim),
+                *_linear("img_emb.proj.3", dim, image_dim),
+                *_norm("img_emb.proj.4", dim),
+            ),
+            outputs=(image_context,),
+            per_prompt=True,
+        ),
+        StageSpec(
+            name="transformer.image_kv",
+            inputs=(image_context,),
+            weights=(*_linear("cross_attn.kv_img", 2 * dim, dim), TensorSpec("cross_attn.norm_k_img.weight", (dim,))),
+            outputs=(TensorSpec("image_key", (image_tokens, dim)), TensorSpec("image_value", (image_tokens, dim))),
+            per_block=True,
+            per_prompt=True,
+        ),
+    )
+
+
+def _norm(name: str, width: int) -> tuple[TensorSpec, TensorSpec]:
+    return TensorSpec(f"{name}.weight", (width,)), TensorSpec(f"{name}.bias", (width,))

@@ -92,6 +92,19 @@ def test_fp8_scales_are_applied_to_their_tensors(device: Device, attention: Atte
 
 
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F8_E4M3])
+@pytest.mark.parametrize(("keys", "counted"), [(256, 37), (1024, 1023), (512, 512)])
+def test_keys_that_do_not_count_change_nothing(
+    device: Device, attention: Attention, dtype: DType, keys: int, counted: int
+) -> None:
+    query, key, value = (draw(seed, dtype, rows, 256) for seed, rows in enumerate((100, keys, keys)))
+    out = device.empty((100, 256), dtype)
+    sent = [device.from_host(array, dtype) for array in (query, key, value)]
+    attention.run(sent[0], sent[1], sent[2], out, num_heads=2, num_keys=counted)
+    expected = reference(query, key[:counted], value[:counted], 2, dtype)
+    assert error_of(from_bits(device.to_host(out), dtype), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F8_E4M3])
 def test_same_operands_give_the_same_bits(device: Device, attention: Attention, dtype: DType) -> None:
     query, key, value = (device.from_host(draw(seed, dtype, 1500, 256)) for seed in range(3))
     outs = [device.empty((1500, 256), dtype) for _ in range(2)]

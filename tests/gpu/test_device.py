@@ -48,24 +48,42 @@ def test_zeros_are_zero_in_memory_that_was_used_before(device: Device) -> None:
 def test_dropped_memory_is_handed_out_again_and_counted() -> None:
     with Device() as device:
         first = device.empty((3 << 20,), DType.F8_E4M3)
-        pointer, used = first.pointer, device.used_bytes
-        assert used == 4 << 20  # whole 2 MiB pages
+        pointer = first.pointer
+        assert (device.used_bytes, device.reserved_bytes) == (3 << 20, 4 << 20)  # the driver gives whole 2 MiB pages
         view = first.rows(0, 5)
         del first
-        assert device.used_bytes == used  # the view keeps it
+        assert device.used_bytes == 3 << 20  # the view keeps it
         del view
         assert device.used_bytes == 0
         assert device.empty((4 << 20,), DType.F8_E4M3).pointer == pointer
-        assert (device.peak_bytes, device.reserved_bytes) == (used, used)
+        assert (device.peak_bytes, device.reserved_bytes) == (4 << 20, 4 << 20)
         device.trim()
+        assert device.reserved_bytes == 0
+
+
+def test_a_slab_goes_back_to_the_driver_when_it_is_freed() -> None:
+    with Device() as device:
+        slab = device.slab((2 << 20) + 1)
+        assert (slab.nbytes, device.used_bytes, device.reserved_bytes) == ((2 << 20) + 1, 0, 4 << 20)
+        slab.free()
         assert device.reserved_bytes == 0
 
 
 def test_more_memory_than_there_is_names_what_is_needed_and_free(device: Device) -> None:
     _, total = device.memory()
-    with pytest.raises(DeviceMemoryError, match=r"MiB is needed, .* of .* MiB are free"):
+    with pytest.raises(DeviceMemoryError, match=r"GiB more is needed, .* of .* GiB are free"):
         device.empty((total + 1,), DType.F8_E4M3)
     assert device.to_host(device.zeros((4,), DType.F32)).shape == (4,)  # the device still works
+
+
+def test_the_limit_holds_and_what_is_kept_for_later_makes_room_first() -> None:
+    with Device() as device:
+        device.limit_bytes = 8 << 20
+        device.empty((6 << 20,), DType.F8_E4M3).free()
+        kept = device.empty((8 << 20,), DType.F8_E4M3)  # the 6 MiB go back for it
+        with pytest.raises(DeviceMemoryError, match=r"8\.0 MiB of a budget of 8\.0 MiB are in use"):
+            device.slab(1)
+        assert kept.nbytes == device.reserved_bytes == device.peak_bytes == 8 << 20
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -1,6 +1,8 @@
 """Every fused kernel against its formula in float64, on odd sizes, views and unaligned arrays."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from tests.gpu.bits import from_bits, to_bits
 from tests.gpu.conftest import kernels_for_this_gpu
 from tests.gpu.references import (
     EPS,
-    FP8_MAX,
     Bench,
     assert_quantized,
     assert_rounded,
@@ -113,20 +114,74 @@ def test_qk_norm_rope_turns_adjacent_pairs_of_the_normed_row(
     cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
     expected = rms_norm_rope(x, weight, cos if rotated else None, sin if rotated else None, num_heads=heads)
     rope_cos, rope_sin = (any_layout.device.from_host(table) if rotated else None for table in (cos, sin))
-    for dtype, scale in ((DType.BF16, 1.0), (DType.F8_E4M3, 1.0), (DType.F8_E4M3, 0.25)):
+    for dtype in (DType.BF16, DType.F8_E4M3):
         out = any_layout.blank(rows, columns, dtype)
         sent = any_layout.put(x, DType.BF16), any_layout.vector(weight)
-        any_layout.kernels.qk_norm_rope(*sent, rope_cos, rope_sin, out=out, num_heads=heads, eps=EPS, fp8_scale=scale)
-        assert_rounded(any_layout.get(out), expected, dtype, scale)
+        any_layout.kernels.qk_norm_rope(*sent, rope_cos, rope_sin, out=out, num_heads=heads, eps=EPS)
+        assert_rounded(any_layout.get(out), expected, dtype)
 
 
 def test_qk_norm_rope_saturates_fp8_at_448(bench: Bench) -> None:
     x = np.zeros((1, 64))
-    x[0, :2] = 8.0, -8.0  # normed: 8 / sqrt(128 / 64) = ±5.66, over a scale of 0.01 beyond ±448
+    x[0, :2] = 8.0, -8.0  # normed: 8 / sqrt(128 / 64) = ±5.66, times a weight of 100 beyond ±448
     out = bench.blank(1, 64, DType.F8_E4M3)
-    ones = bench.vector(np.ones(64))
-    bench.kernels.qk_norm_rope(bench.put(x, DType.BF16), ones, out=out, num_heads=4, eps=EPS, fp8_scale=0.01)
+    hundreds = bench.vector(np.full(64, 100.0))
+    bench.kernels.qk_norm_rope(bench.put(x, DType.BF16), hundreds, out=out, num_heads=4, eps=EPS)
     np.testing.assert_array_equal(bench.get(out)[0], [448, -448, *[0] * 62])
+
+
+@pytest.mark.parametrize(("rows", "columns", "_heads"), SIZES)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_first_rows_take_the_first_row_of_each_vector_and_the_rest_the_second(
+    any_layout: Bench, rows: int, columns: int, _heads: int, share: float
+) -> None:
+    residual, x = bf16_noise((rows, columns), seed=0, spread=3.0), bf16_noise((rows, columns), seed=1)
+    gate, gain, shift = (f32_noise(2 * columns, seed=seed).reshape(2, columns) for seed in (2, 3, 4))
+    count = round(share * rows)
+    chosen = (np.arange(rows) >= count).astype(int)
+    num_clean = any_layout.device.from_host(np.array([count]))
+    sent, given = any_layout.put(x, DType.BF16), any_layout.put(residual, DType.BF16)
+    vectors: dict[str, Any] = {
+        "gain": any_layout.put(gain, DType.F32),
+        "shift": any_layout.put(shift, DType.F32),
+        "num_clean": num_clean,
+    }
+    gates = any_layout.put(gate, DType.F32)
+    summed = any_layout.blank(rows, columns, DType.BF16)
+    any_layout.kernels.gated_residual(given, sent, gates, out=summed, num_clean=num_clean)
+    assert_rounded(any_layout.get(summed), residual + x * gate[chosen], DType.BF16)
+    for dtype in (DType.BF16, DType.F8_E4M3):
+        outs = [any_layout.blank(rows, columns, dtype) for _ in range(2)]
+        scales = [any_layout.scales(rows) for _ in range(2)]
+        hidden = any_layout.blank(rows, columns, DType.BF16)
+        numbers: dict[str, Any] = {"add_one": True, "eps": EPS}
+        any_layout.kernels.norm(sent, out=outs[0], out_scale=scales[0], **vectors, **numbers)
+        any_layout.kernels.residual_norm(
+            given, sent, gates, residual_out=hidden, out=outs[1], out_scale=scales[1], **vectors, **numbers
+        )
+        for normed, out, scale in zip((x, any_layout.get(hidden)), outs, scales, strict=True):
+            expected = layer_norm(normed, gain[chosen] + 1, shift[chosen])
+            if dtype is DType.BF16:
+                assert_rounded(any_layout.get(out), expected, dtype)
+            else:
+                assert_quantized(any_layout.get(out), any_layout.get_vector(scale), expected)
+
+
+def test_a_single_row_serves_all_beside_vectors_of_two(bench: Bench) -> None:
+    residual, x = bf16_noise((5, 48), seed=0), bf16_noise((5, 48), seed=1)
+    gate, gain, shift = f32_noise(96, seed=2).reshape(2, 48), f32_noise(48, seed=3), f32_noise(48, seed=4)
+    hidden, out = (bench.blank(5, 48, DType.BF16) for _ in range(2))
+    vectors: dict[str, Any] = {
+        "gain": bench.vector(gain),
+        "shift": bench.vector(shift),
+        "num_clean": bench.device.from_host(np.array([2])),
+    }
+    bench.kernels.residual_norm(
+        bench.put(residual, DType.BF16), bench.put(x, DType.BF16), bench.put(gate, DType.F32), **vectors,
+        residual_out=hidden, out=out, add_one=False, eps=EPS,
+    )  # fmt: skip
+    assert_rounded(bench.get(hidden), residual + x * gate[[0, 0, 1, 1, 1]], DType.BF16)
+    assert_rounded(bench.get(out), layer_norm(bench.get(hidden), gain, shift), DType.BF16)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 264), (5, 8960), (3, 13824), (2, 16384)])
@@ -145,25 +200,6 @@ def test_a_row_of_zeros_becomes_zeros_with_a_finite_scale(bench: Bench) -> None:
     assert (bench.get_vector(scale) > 0).all() and (bench.get_vector(scale) < 1e-30).all()
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (1500, 24), (37, 5120)])
-def test_tensor_is_quantized_by_its_greatest_magnitude(any_layout: Bench, rows: int, columns: int) -> None:
-    x = bf16_noise((rows, columns), seed=3)
-    x[rows // 2, columns - 1] = -9.0  # the greatest, and negative
-    sent, out = any_layout.put(x, DType.BF16), any_layout.blank(rows, columns, DType.F8_E4M3)
-    scale = any_layout.kernels.amax(sent, divide_by=FP8_MAX)
-    any_layout.kernels.quantize_tensor(sent, scale, out)
-    assert any_layout.get_vector(any_layout.kernels.amax(sent)) == 9.0
-    np.testing.assert_allclose(any_layout.get_vector(scale), 9.0 / FP8_MAX, rtol=1e-6)
-    assert_rounded(any_layout.get(out), x, DType.F8_E4M3, 9.0 / FP8_MAX)
-
-
-def test_a_nan_reaches_amax(bench: Bench) -> None:
-    x = np.ones((4, 16))
-    x[2, 5] = np.nan
-    bits = np.where(np.isnan(x), 0x7FC0, to_bits(np.nan_to_num(x), DType.BF16)).astype(np.uint16)
-    assert np.isnan(bench.get_vector(bench.kernels.amax(bench.device.from_host(bits))))
-
-
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 8), (1, 37, 256), (2, 16, 5120), (3, 5, 8200), (4, 33, 5120)])
 @pytest.mark.parametrize("weight_dtype", [DType.F32, DType.BF16])
 @pytest.mark.parametrize("silu", [True, False])
@@ -180,12 +216,20 @@ def test_gemv_is_a_linear_layer_after_silu_or_nothing(
         np.testing.assert_allclose(any_layout.get(out), activated @ weight.T + offset, rtol=0, atol=5e-6)
 
 
-def test_add_repeats_a_single_row(any_layout: Bench) -> None:
-    a, b = f32_noise(6 * 40, seed=0).reshape(6, 40), f32_noise(40, seed=1)[None]
+@pytest.mark.parametrize("columns", [40, 18432])
+def test_add_repeats_a_single_row(any_layout: Bench, columns: int) -> None:
+    a, b = f32_noise(6 * columns, seed=0).reshape(6, columns), f32_noise(columns, seed=1)[None]
     for first, second in ((a, b), (b, a), (a, a)):
-        out = any_layout.blank(6, 40, DType.F32)
+        out = any_layout.blank(6, columns, DType.F32)
         any_layout.kernels.add(any_layout.put(first, DType.F32), any_layout.put(second, DType.F32), out)
         np.testing.assert_array_equal(any_layout.get(out), (first.astype(np.float32) + second.astype(np.float32)))
+
+
+def test_gelu_is_the_exact_one(any_layout: Bench) -> None:
+    x = bf16_noise((3, 1288), seed=0, spread=2.0)
+    out = any_layout.blank(3, 1288, DType.BF16)
+    any_layout.kernels.gelu(any_layout.put(x, DType.BF16), out)
+    assert_rounded(any_layout.get(out), x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2, DType.BF16)
 
 
 def test_convert_rounds_to_bf16_and_back_exactly(any_layout: Bench) -> None:

@@ -18,21 +18,25 @@ from export.pack import pack_plan, write_weights
 from runtime.component import Component
 from runtime.precision import in_precision
 from runtime.schedulers import Conventions
-from runtime.specs import DType, Precision, StageSpec
+from runtime.specs import DType, Precision, StageSpec, TensorSpec
 from runtime.stages.transformer import transformer_stages
 from runtime.strict_json import encode
 from runtime.transformer import Transformer
 from runtime.variants import VARIANTS, TransformerArch, Variant
 from runtime.weights import WeightStore
+from tests.gpu.bits import from_bits
 from tests.gpu.conftest import kernels_for_this_gpu
 from tests.harness import DictSource, open_network, relative_error
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.gpu
 
+TOY = TransformerArch(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64)
 ARCHS = {
-    "toy": TransformerArch(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64),
+    "toy": TOY,
     "narrow": TransformerArch(dim=384, ffn_dim=896, num_heads=3, num_layers=2, text_dim=48, freq_dim=64),
+    "timestep per token": replace(TOY, num_layers=2, per_token_timesteps=True),
+    "image": replace(TOY, num_layers=2, image_dim=96, image_tokens=20, image_positions=True),
 }
 LATENTS = (16, 3, 10, 14)
 
@@ -95,7 +99,9 @@ def open_cuda(
             yield component
 
 
-def test_whole_prediction_matches_the_cpu(networks: tuple[TransformerArch, Component, Component], precision: Precision) -> None:
+def test_whole_prediction_matches_the_cpu(
+    networks: tuple[TransformerArch, Component, Component], precision: Precision, record_property: Any
+) -> None:
     arch, cpu, gpu = networks
     generator = np.random.default_rng(0)
     latents = generator.standard_normal(LATENTS, np.float32)
@@ -104,9 +110,11 @@ def test_whole_prediction_matches_the_cpu(networks: tuple[TransformerArch, Compo
     for component in (cpu, gpu):
         transformer = Transformer(component, arch, LATENTS, conventions=Conventions.ORIGINAL)
         encoded = [transformer.encode_text(prompt) for prompt in prompts]
-        results.append(transformer.predict(latents, 731, encoded))
+        results.append(transformer.predict(latents, 731, encoded, **conditions(transformer, arch)))
     for ours, expected in zip(results[1], results[0], strict=True):
-        assert relative_error(ours, expected) < TOLERANCES[f"transformer, cuda {precision}"]
+        error = relative_error(ours, expected)
+        record_property(f"transformer {precision}", error)
+        assert error < TOLERANCES[f"transformer, cuda {precision}"]
 
 
 def test_every_stage_matches_its_fp32_module(
@@ -114,7 +122,7 @@ def test_every_stage_matches_its_fp32_module(
 ) -> None:
     arch, _, gpu = networks
     for stage in transformer_stages(arch):
-        inputs = {tensor.name: random_input(tensor.shape, seed=i) for i, tensor in enumerate(stage.inputs)}
+        inputs = {tensor.name: random_input(tensor, seed=i) for i, tensor in enumerate(stage.inputs)}
         weights = random_weights(arch, seed=3)
         expected = run_module(stage, arch, weights, inputs)
         narrow = in_precision(stage, precision)
@@ -126,8 +134,35 @@ def test_every_stage_matches_its_fp32_module(
             assert error < TOLERANCES[f"stage, cuda {precision}"], (stage.name, tensor.name, error)
 
 
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8])
+def test_stages_around_fp8_attention_match_their_fp32_modules(
+    tmp_path: Path, precision: Precision, record_property: Any
+) -> None:
+    variant, weights = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=TOY), random_weights(TOY, seed=3)
+    weights["blocks.1.self_attn.v.bias"] += 2 * torch.randn(
+        TOY.dim, generator=torch.Generator().manual_seed(9)
+    )  # columns with a mean
+    stages = {stage.name: stage for stage in transformer_stages(TOY)}
+    with open_cuda(variant, weights, precision, tmp_path, attention=Precision.FP8) as gpu:
+        known: dict[str, Any] = {}  # what the stages gave, by name, on the device
+        for name in ("transformer.block_in", "transformer.attention", "transformer.block_out"):
+            stage = in_precision(stages[name], precision)
+            inputs = {
+                tensor.name: read(gpu, known[tensor.name], tensor.dtype)
+                if tensor.name in known
+                else random_input(tensor, seed=i, tokens=300)
+                for i, tensor in enumerate(stage.inputs)
+            }
+            sent = {t.name: known.get(t.name) or to_device(gpu, inputs[t.name], t.dtype) for t in stage.inputs}
+            known |= gpu.run(name, sent, block=1 if stage.per_block else None)
+            for tensor, theirs in zip(stage.outputs, run_module(stages[name], TOY, weights, inputs), strict=True):
+                error = relative_error(read(gpu, known[tensor.name], tensor.dtype), theirs)
+                record_property(f"{name} {tensor.name} {precision} fp8 attention", error)
+                assert error < TOLERANCES["stage, cuda fp8"], (name, tensor.name, error)
+
+
 def test_fp8_attention_stays_near_bf16_attention(tmp_path: Path) -> None:
-    arch = ARCHS["toy"]
+    arch = TOY
     variant = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=arch)
     tensors = random_weights(arch, seed=3)
     latents = np.random.default_rng(2).standard_normal(LATENTS, np.float32)
@@ -145,13 +180,23 @@ def test_same_inputs_give_the_same_bits(networks: tuple[TransformerArch, Compone
     latents = np.random.default_rng(1).standard_normal(LATENTS, np.float32)
     transformer = Transformer(gpu, arch, LATENTS, conventions=Conventions.ORIGINAL)
     prompt = transformer.encode_text(np.ones((3, arch.text_dim), np.float32))
-    np.testing.assert_array_equal(
-        transformer.predict(latents, 500, [prompt])[0], transformer.predict(latents, 500, [prompt])[0]
-    )
+    given = conditions(transformer, arch)
+    first, second = (transformer.predict(latents, 500, [prompt], **given)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
 
 
-def random_input(shape: tuple[Any, ...], *, seed: int, tokens: int = 37) -> torch.Tensor:
-    fixed = [extent if isinstance(extent, int) else tokens for extent in shape]
+def conditions(transformer: Transformer, arch: TransformerArch) -> dict[str, Any]:
+    """What `predict` takes besides the prompts: an image, or a clean first frame, where the architecture has such a thing."""
+    if arch.image_dim is None:
+        return {"clean_frames": int(arch.per_token_timesteps)}
+    features = np.random.default_rng(5).standard_normal((arch.image_tokens, arch.image_dim), np.float32)
+    return {"image": transformer.encode_image(features)}
+
+
+def random_input(tensor: TensorSpec, *, seed: int, tokens: int = 37) -> torch.Tensor:
+    if tensor.dtype is DType.I64:
+        return torch.tensor([tokens // 3])  # num_clean
+    fixed = [extent if isinstance(extent, int) else tokens for extent in tensor.shape]
     return torch.randn(fixed, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
 
 
@@ -177,3 +222,15 @@ def to_device(component: Component, tensor: torch.Tensor, dtype: DType) -> Any:
 
 def to_float(array: Any, dtype: DType) -> Any:
     return torch.from_numpy(array).view(torch.bfloat16).float().numpy() if dtype is DType.BF16 else array
+
+
+def read(component: Component, array: Any, dtype: DType) -> torch.Tensor:
+    """What an array stands for: fp8 attention's with their unit, if they have one."""
+    host = component.backend.to_host(array)
+    if array.dtype is not DType.F8_E4M3:
+        return torch.from_numpy(to_float(host, dtype))
+    values = torch.from_numpy(from_bits(host, array.dtype)).float()
+    if array.unit is None:
+        return values
+    scale, offset = (torch.from_numpy(component.backend.to_host(part)) for part in (array.unit.scale, array.unit.offset))
+    return values * scale + offset

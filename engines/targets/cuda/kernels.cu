@@ -5,12 +5,24 @@
 // else. What writes FP8 needs sm_89. No float atomics: the same input gives the same bits. runtime/backends/cuda/launch.py mirrors the
 // argument structs.
 
+#include "clip.cuh"
 #include "rows.cuh"
 #include "small.cuh"
+#include "spread.cuh"
+#include "text.cuh"
+#include "vae.cuh"
+
+// What is added to a row or multiplied with it. With num_clean there are two rows of each vector: the first *num_clean rows of a matrix
+// take the first, all others the second.
+struct Choice {
+    const i64* num_clean;
+    template <bool kByRow> __device__ int of(int row) const { return kByRow && row >= *num_clean ? 1 : 0; }
+};
 
 // residual + x * gate; `gate` may be null.
-template <Access kAccess>
-__device__ void add_gated(const Tile& tile, const Rows<bf16>& residual, const Rows<bf16>& x, const float* gate, Values& value) {
+template <Access kAccess, bool kByRow>
+__device__ void add_gated(const Tile& tile, const Rows<bf16>& residual, const Rows<bf16>& x, const Rows<float>& gate, Choice choice,
+                          Values& value) {
     Packed base, addend;
     load_rows<kAccess>(tile, residual, base);
     load_rows<kAccess>(tile, x, addend);
@@ -18,9 +30,11 @@ __device__ void add_gated(const Tile& tile, const Rows<bf16>& residual, const Ro
 #pragma unroll
     for (int vector = 0; vector < kVectors; ++vector) {
         float factor[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-        if (gate != nullptr && has_column<kAccess>(tile, vector)) load<kAccess>(gate + tile.column(vector), factor);
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
+            if ((kByRow || row == 0) && gate.data != nullptr && has_column<kAccess>(tile, vector)) {
+                load<kAccess>(gate.at(choice.of<kByRow>(tile.row(row)), tile.column(vector)), factor);
+            }
             float term[8];
             unpack(addend[row][vector], term);
 #pragma unroll
@@ -32,7 +46,8 @@ __device__ void add_gated(const Tile& tile, const Rows<bf16>& residual, const Ro
 template <typename Out> struct NormArguments {
     Tile tile;
     Rows<bf16> x, residual, residual_out;
-    const float *gate, *gain, *shift;
+    Rows<float> gate, gain, shift;  // one row, or two
+    const i64* num_clean;
     Rows<Out> out;
     float* out_scale;
     float one, eps;  // `one` is added to the gain
@@ -40,7 +55,8 @@ template <typename Out> struct NormArguments {
 
 // Replace x by layer_norm(x) * (gain + one) + shift. The variance is E[x^2] - E[x]^2: its FP32 error is smaller than what the rounding
 // of x to bf16 did to it as long as |mean| < 8192 standard deviations.
-template <Access kAccess, typename Out> __device__ void normalize(const NormArguments<Out>& a, float* partial, Values& value) {
+template <Access kAccess, bool kByRow, typename Out>
+__device__ void normalize(const NormArguments<Out>& a, float* partial, Values& value) {
     float sum[2 * kRows];  // of x, then of x^2
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -64,25 +80,29 @@ template <Access kAccess, typename Out> __device__ void normalize(const NormArgu
 #pragma unroll
     for (int vector = 0; vector < kVectors; ++vector) {
         float gain[8] = {}, shift[8] = {};
-        if (has_column<kAccess>(a.tile, vector)) {
-            load<kAccess>(a.gain + a.tile.column(vector), gain);
-            load<kAccess>(a.shift + a.tile.column(vector), shift);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) gain[i] += a.one;
-        }
+        for (int row = 0; row < kRows; ++row) {
+            if ((kByRow || row == 0) && has_column<kAccess>(a.tile, vector)) {
+                const int chosen = Choice{a.num_clean}.of<kByRow>(a.tile.row(row));
+                load<kAccess>(a.gain.at(chosen, a.tile.column(vector)), gain);
+                load<kAccess>(a.shift.at(chosen, a.tile.column(vector)), shift);
 #pragma unroll
-        for (int i = 0; i < kRows * 8; ++i) {
-            float& x = value[i / 8][vector][i % 8];
-            x = (x * inverse[i / 8] + offset[i / 8]) * gain[i % 8] + shift[i % 8];
+                for (int i = 0; i < 8; ++i) gain[i] += a.one;
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float& x = value[row][vector][i];
+                x = (x * inverse[row] + offset[row]) * gain[i] + shift[i];
+            }
         }
     }
 }
 
-template <Access kAccess, bool kResidual, bool kQuantize, typename Out> __device__ void norm_rows(const NormArguments<Out>& a) {
+template <Access kAccess, bool kResidual, bool kByRow, typename Out> __device__ void norm_rows(const NormArguments<Out>& a) {
     __shared__ float partial_sum[2 * kRows * kMaxWarps];
     Values value;
     if constexpr (kResidual) {
-        add_gated<kAccess>(a.tile, a.residual, a.x, a.gate, value);
+        add_gated<kAccess, kByRow>(a.tile, a.residual, a.x, a.gate, {a.num_clean}, value);
         store_rows<kAccess>(a.tile, a.residual_out, value);
 #pragma unroll
         for (int i = 0; i < kRows * kVectors; ++i) unpack(pack(value[i / kVectors][i % kVectors]), value[i / kVectors][i % kVectors]);
@@ -91,8 +111,8 @@ template <Access kAccess, bool kResidual, bool kQuantize, typename Out> __device
         load_rows<kAccess>(a.tile, a.x, packed);
         unpack_rows(packed, value);
     }
-    normalize<kAccess>(a, partial_sum, value);
-    if constexpr (kQuantize) {
+    normalize<kAccess, kByRow>(a, partial_sum, value);
+    if constexpr (sizeof(Out) == 1) {
         __shared__ u32 partial_max[kRows][kMaxWarps];
         float amax[kRows] = {};
 #pragma unroll
@@ -110,13 +130,14 @@ template <Access kAccess, bool kResidual, bool kQuantize, typename Out> __device
 struct GatedResidualArguments {
     Tile tile;
     Rows<bf16> x, residual;
-    const float* gate;
+    Rows<float> gate;
+    const i64* num_clean;
     Rows<bf16> out;
 };
 
-template <Access kAccess> __device__ void gated_residual_rows(const GatedResidualArguments& a) {
+template <Access kAccess, bool kByRow> __device__ void gated_residual_rows(const GatedResidualArguments& a) {
     Values value;
-    add_gated<kAccess>(a.tile, a.residual, a.x, a.gate, value);
+    add_gated<kAccess, kByRow>(a.tile, a.residual, a.x, a.gate, {a.num_clean}, value);
     store_rows<kAccess>(a.tile, a.out, value);
 }
 
@@ -128,7 +149,7 @@ template <typename Out> struct RopeArguments {
     Rows<Out> out;
     int head_dim;
     u32 head_inverse;  // ceil(2^32 / head_dim): a division by multiplication
-    float eps, inverse_scale;
+    float eps;
 };
 
 struct Angles { float cos[4], sin[4]; };
@@ -185,7 +206,7 @@ template <Access kAccess, typename Out> __device__ void qk_norm_rope_rows(const 
     block_sum(gain, partial);
     const float share = __fdividef(1.0f, a.tile.num_columns);
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) gain[row] = rsqrtf(gain[row] * share + a.eps) * a.inverse_scale;
+    for (int row = 0; row < kRows; ++row) gain[row] = rsqrtf(gain[row] * share + a.eps);
 #pragma unroll
     for (int vector = 0; vector < kVectors; ++vector) {
         if (!has_column<kAccess>(a.tile, vector)) break;
@@ -232,64 +253,6 @@ template <Access kAccess> __device__ void quantize_rows_rows(const QuantizeRowsA
     store_rows<kAccess>(a.tile, a.out, value);
 }
 
-struct QuantizeTensorArguments {
-    Tile tile;
-    Rows<bf16> x;
-    const float* scale;
-    Rows<fp8> out;
-};
-
-template <Access kAccess> __device__ void quantize_tensor_rows(const QuantizeTensorArguments& a) {
-    Packed packed;
-    Values value;
-    load_rows<kAccess>(a.tile, a.x, packed);
-    unpack_rows(packed, value);
-    const float inverse = *a.scale > 0.0f ? 1.0f / *a.scale : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kRows * kVectors * 8; ++i) value[i / (kVectors * 8)][i / 8 % kVectors][i % 8] *= inverse;
-    store_rows<kAccess>(a.tile, a.out, value);
-}
-
-struct DequantizeTensorArguments {
-    Tile tile;
-    Rows<fp8> x;
-    const float* scale;
-    Rows<bf16> out;
-};
-
-#if __CUDA_ARCH__ >= 890
-template <Access kAccess> __device__ void dequantize_tensor_rows(const DequantizeTensorArguments& a) {
-    const float scale = *a.scale;
-    for (int i = 0; i < kRows * kVectors; ++i) {
-        if (!a.tile.has_row(i / kVectors) || !has_column<kAccess>(a.tile, i % kVectors)) continue;
-        float value[8];
-        load<kAccess>(a.x.at(a.tile.row(i / kVectors), a.tile.column(i % kVectors)), value);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) value[j] *= scale;
-        store<kAccess>(a.out.at(a.tile.row(i / kVectors), a.tile.column(i % kVectors)), value);
-    }
-}
-#endif
-
-struct AmaxArguments {
-    Tile tile;
-    Rows<bf16> x;
-    float factor;
-    u32* out;  // zero before; non-negative floats order like their bits, NaN above all
-};
-
-template <Access kAccess> __device__ void amax_rows(const AmaxArguments& a) {
-    u32 amax = 0;  // two bf16 magnitudes
-    for (int row = blockIdx.x; row < a.tile.num_rows; row += gridDim.x)
-#pragma unroll
-        for (int vector = 0; vector < kVectors; ++vector) {
-            if (!has_column<kAccess>(a.tile, vector)) break;
-            amax = __vmaxu2(amax, magnitude(load_packed<kAccess>(a.x.at(row, a.tile.column(vector)))));
-        }
-    const u32 greatest = __reduce_max_sync(~0u, max(amax << 16, amax & 0xffff0000u));
-    if (threadIdx.x % 32 == 0) atomicMax(a.out, __float_as_uint(__uint_as_float(greatest) * a.factor));
-}
-
 #define ENTRY(name, threads, Arguments, access, ...)                                                                    \
     extern "C" __global__ void __launch_bounds__(threads, threads > 512 ? 2 : 1024 / threads) name(const __grid_constant__ Arguments a) {   \
         constexpr Access kAccess = access;                                                                              \
@@ -304,20 +267,45 @@ using ToBf16 = ConvertArguments<float, bf16>;
 using ToF32 = ConvertArguments<bf16, float>;
 
 KERNEL(norm_bf16, 512, NormArguments<bf16>, norm_rows<kAccess, false, false>)
+KERNEL(norm_by_row_bf16, 512, NormArguments<bf16>, norm_rows<kAccess, false, true>)
 KERNEL(residual_norm_bf16, 512, NormArguments<bf16>, norm_rows<kAccess, true, false>)
-KERNEL(gated_residual, 512, GatedResidualArguments, gated_residual_rows<kAccess>)
+KERNEL(residual_norm_by_row_bf16, 512, NormArguments<bf16>, norm_rows<kAccess, true, true>)
+KERNEL(gated_residual, 512, GatedResidualArguments, gated_residual_rows<kAccess, false>)
+KERNEL(gated_residual_by_row, 512, GatedResidualArguments, gated_residual_rows<kAccess, true>)
 KERNEL(qk_norm_rope_bf16, 512, RopeArguments<bf16>, qk_norm_rope_rows<kAccess>)
-KERNEL(amax, 512, AmaxArguments, amax_rows<kAccess>)
+KERNEL(column_spread, 128, ColumnSpreadArguments, column_spread_rows<kAccess>)
+ENTRY(column_spread_finish, 256, ColumnFinishArguments, kFull, column_spread_columns)
 KERNEL(convert_f32_bf16, 512, ToBf16, convert_rows<kAccess>)
 KERNEL(convert_bf16_f32, 512, ToF32, convert_rows<kAccess>)
 KERNEL(add, 512, AddArguments, add_rows<kAccess>)
+KERNEL(gelu, 512, GeluArguments, gelu_rows<kAccess>)
 KERNEL(gemv_f32, 256, GemvArguments<float>, gemv<kAccess>)
 KERNEL(gemv_bf16, 256, GemvArguments<bf16>, gemv<kAccess>)
+KERNEL(rms_norm_bf16, 512, RmsNormArguments<bf16>, rms_norm_rows<kAccess, false>)
+KERNEL(rms_norm_f32, 512, RmsNormArguments<float>, rms_norm_rows<kAccess, false>)
+KERNEL(residual_rms_norm_bf16, 512, RmsNormArguments<bf16>, rms_norm_rows<kAccess, true>)
+KERNEL(layer_norm_bf16, 512, LayerNormArguments<bf16>, layer_norm_rows<kAccess, kRowsAlone>)
+KERNEL(residual_layer_norm_bf16, 512, LayerNormArguments<bf16>, layer_norm_rows<kAccess, kSum>)
+KERNEL(embed_tokens_f32, 512, LayerNormArguments<float>, layer_norm_rows<kAccess, kTokens>)
+KERNEL(gated_gelu, 1024, GatedGeluArguments, gated_gelu_rows<kAccess>)
+ENTRY(channel_norm_1, 256, ChannelNormArguments, kFull, channel_norm_positions<1>)
+ENTRY(channel_norm_2, 256, ChannelNormArguments, kFull, channel_norm_positions<2>)
+ENTRY(channel_norm_4, 256, ChannelNormArguments, kFull, channel_norm_positions<4>)
+ENTRY(upsample, 256, UpsampleArguments, kFull, upsample_positions)
+ENTRY(to_channels_last, 256, LayoutArguments, kFull, to_channels_last_positions)
+ENTRY(to_planes, 256, LayoutArguments, kFull, to_planes_positions)
+ENTRY(add_average_down, 256, ShortcutArguments, kFull, add_average_down_positions)
+ENTRY(add_duplicate_up, 256, ShortcutArguments, kFull, add_duplicate_up_positions)
+ENTRY(softmax, 256, SoftmaxArguments, kFull, softmax_queries)
+ENTRY(transpose, 256, TransposeArguments, kFull, transpose_tiles)
 #if __CUDA_ARCH__ >= 890
-KERNEL(norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, false, true>)
-KERNEL(residual_norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, true, true>)
+KERNEL(norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, false, false>)
+KERNEL(norm_by_row_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, false, true>)
+KERNEL(residual_norm_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, true, false>)
+KERNEL(residual_norm_by_row_fp8, 512, NormArguments<fp8>, norm_rows<kAccess, true, true>)
 KERNEL(qk_norm_rope_fp8, 512, RopeArguments<fp8>, qk_norm_rope_rows<kAccess>)
 KERNEL(quantize_rows, 1024, QuantizeRowsArguments, quantize_rows_rows<kAccess>)
-KERNEL(quantize_tensor, 512, QuantizeTensorArguments, quantize_tensor_rows<kAccess>)
-KERNEL(dequantize_tensor, 512, DequantizeTensorArguments, dequantize_tensor_rows<kAccess>)
+KERNEL(quantize_centred, 512, QuantizeCentredArguments, quantize_centred_rows<kAccess>)
+KERNEL(restore, 512, RestoreArguments, restore_rows<kAccess>)
+KERNEL(fold_offset, 256, FoldOffsetArguments, fold_offset_outputs<kAccess>)
 #endif

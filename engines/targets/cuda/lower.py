@@ -1,13 +1,25 @@
 """A stage's graph → its plan. Each network has a lowering of its own; what one does not know is a BuildError, never left out."""
 
+from dataclasses import replace
+
 import onnx
 
+from engines.targets.cuda.lower_image_encoder import ImageEncoderLowering
+from engines.targets.cuda.lower_text_encoder import TextEncoderLowering
 from engines.targets.cuda.lower_transformer import TransformerLowering
+from engines.targets.cuda.lower_vae import VaeLowering
 from engines.targets.cuda.lowering import Lowering
 from runtime.backends.cuda.plan import Plan
+from runtime.precision import with_fp8_attention
 from runtime.specs import StageSpec
 
-_LOWERINGS: dict[str, type[Lowering]] = {"transformer": TransformerLowering}
+_LOWERINGS: dict[str, type[Lowering]] = {
+    "image_encoder": ImageEncoderLowering,
+    "text_encoder": TextEncoderLowering,
+    "transformer": TransformerLowering,
+    "vae": VaeLowering,
+    "vae_encoder": VaeLowering,
+}
 
 
 def lower_stage(graph: onnx.ModelProto, stage: StageSpec) -> Plan:
@@ -20,4 +32,6 @@ def lower_stage(graph: onnx.ModelProto, stage: StageSpec) -> Plan:
     Raises:
         BuildError: the graph holds something the `cuda` target has no kernel for.
     """
-    return _LOWERINGS[stage.network](graph, stage).plan()
+    lowering, narrow = _LOWERINGS[stage.network], with_fp8_attention(stage)
+    plan = lowering(graph, stage).plan()
+    return plan if narrow == stage else replace(plan, fp8_attention=lowering(graph, narrow).plan())

@@ -36,6 +36,23 @@ template <Access kAccess> __device__ void add_rows(const AddArguments& arguments
     }
 }
 
+struct GeluArguments {
+    Tile tile;
+    Rows<bf16> x, out;
+};
+
+// The exact GELU, x * Phi(x).
+template <Access kAccess> __device__ void gelu_rows(const GeluArguments& a) {
+    for (int i = 0; i < kRows * kVectors; ++i) {
+        if (!a.tile.has_row(i / kVectors) || !has_column<kAccess>(a.tile, i % kVectors)) continue;
+        const int row = a.tile.row(i / kVectors), column = a.tile.column(i % kVectors);
+        float value[8];
+        load<kAccess>(a.x.at(row, column), value);
+        for (int j = 0; j < 8; ++j) value[j] *= 0.5f * erfcf(value[j] * -0.70710678f);
+        store<kAccess>(a.out.at(row, column), value);
+    }
+}
+
 constexpr int kGemvRows = 4;        // most rows of x
 constexpr int kGemvOutputs = 4;     // output features per warp
 constexpr int kGemvFloats = 8192;   // x staged at once, all rows together

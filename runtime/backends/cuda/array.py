@@ -31,6 +31,10 @@ class DeviceArray:
     dtype: DType
     row_stride: int
     buffer: "Buffer | None"
+    spare_rows: int = 0
+    """Rows behind the last one that the memory has room for: kernels that read whole tiles of rows may fill them."""
+    unit: "Unit | None" = None
+    """What the numbers of an fp8 array stand for; None: themselves, or something that whoever reads them knows."""
 
     @property
     def size(self) -> int:
@@ -51,7 +55,8 @@ class DeviceArray:
         if not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"rows {start}:{stop} of an array of shape {list(self.shape)}")
         offset = start * self.row_stride * self.dtype.itemsize
-        return replace(self, pointer=self.pointer + offset, shape=(stop - start, *self.shape[1:]))
+        spare_rows = self.spare_rows if stop == self.shape[0] else 0
+        return replace(self, pointer=self.pointer + offset, shape=(stop - start, *self.shape[1:]), spare_rows=spare_rows)
 
     def columns(self, start: int, stop: int) -> "DeviceArray":
         """Columns `start` to `stop` of a 2-D array: the rows stay `row_stride` apart."""
@@ -64,7 +69,17 @@ class DeviceArray:
         """The same elements with another shape; for contiguous arrays only."""
         if not self.is_contiguous or math.prod(shape) != self.size:
             raise ValueError(f"cannot see {list(self.shape)} (row stride {self.row_stride}) as {list(shape)}")
-        return replace(self, shape=shape, row_stride=math.prod(shape[1:]))
+        return replace(self, shape=shape, row_stride=math.prod(shape[1:]), spare_rows=0)
+
+    def sparing_rows(self, count: int) -> "DeviceArray":
+        """The array without its last `count` rows, which become spare rows."""
+        return replace(self, shape=(self.shape[0] - count, *self.shape[1:]), spare_rows=self.spare_rows + count)
+
+    def with_spare_rows(self, count: int) -> "DeviceArray":
+        """The array and the `count` spare rows behind it."""
+        if not 0 <= count <= self.spare_rows:
+            raise ValueError(f"{count} spare rows of {self.spare_rows}")
+        return replace(self, shape=(self.shape[0] + count, *self.shape[1:]), spare_rows=self.spare_rows - count)
 
     def free(self) -> None:
         """Give the memory back now, for every view of it; using any of them afterwards is a slip."""
@@ -72,21 +87,33 @@ class DeviceArray:
             self.buffer.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is meant by a stored number: `stored * scale + offset` of its column. scale is f32 [1], offset f32 [D]."""
+
+    scale: DeviceArray
+    offset: DeviceArray
+
+
+def contiguous(pointer: int, shape: tuple[int, ...], dtype: DType, buffer: "Buffer | None") -> DeviceArray:
+    """A view of memory in which the elements lie one after the other."""
+    return DeviceArray(pointer, tuple(shape), dtype, math.prod(shape[1:]), buffer)
+
+
 class Buffer:
-    """One allocation. It returns to its device's free list when released, or when the last array that holds it is dropped:
+    """One allocation. It returns to where it came from when released, or when the last array that holds it is dropped:
     reuse is ordered by the one compute stream. A copy on another stream must hold the array until it is done."""
 
-    __slots__ = ("_recycle", "nbytes", "pointer")
+    __slots__ = ("_recycle", "pointer")
 
-    def __init__(self, pointer: int, nbytes: int, recycle: Callable[[int, int], None]) -> None:
+    def __init__(self, pointer: int, recycle: Callable[[int], None]) -> None:
         self.pointer = pointer
-        self.nbytes = nbytes
-        self._recycle: Callable[[int, int], None] | None = recycle
+        self._recycle: Callable[[int], None] | None = recycle
 
     def release(self) -> None:
         if self._recycle is not None:
-            self._recycle(self.pointer, self.nbytes)
+            self._recycle(self.pointer)
             self._recycle = None
 
     def __del__(self) -> None:
-        self.release()  # only into the free list: the memory itself is freed by Device.close
+        self.release()  # only into the arena: the memory itself is freed by the device

@@ -27,6 +27,7 @@ class Problem:
     alignments: tuple[int, int, int]  # bytes
     bias: DType | None
     gelu: bool
+    fast_accumulation: bool
     scalar_x_scale: bool
 
     @property
@@ -43,13 +44,13 @@ class Problem:
 class ProductPlan:
     """One problem's descriptors and the kernels that cuBLASLt offers for it, its favourite first."""
 
-    def __init__(self, library: Any, handle: int, problem: Problem, *, fast_accumulation: bool, anywhere: int) -> None:
+    def __init__(self, library: Any, handle: int, problem: Problem, *, anywhere: int) -> None:
         self._library = library
         self._pointer = np.zeros(1, np.int64)
         self.operation = library.matmul_desc_create(_COMPUTE_32F, _CUDA_TYPES[DType.F32])
         self.layouts: list[int] = []
         try:
-            self._describe(problem, fast_accumulation)
+            self._describe(problem)
             if problem.is_fp8:  # the heuristic refuses vector scales that have no address yet
                 self.point(library.MatmulDescAttribute.A_SCALE_POINTER, anywhere)
                 self.point(library.MatmulDescAttribute.B_SCALE_POINTER, anywhere)
@@ -77,7 +78,7 @@ class ProductPlan:
         self._library.matmul_desc_destroy(self.operation)
         self.layouts = []
 
-    def _describe(self, problem: Problem, fast_accumulation: bool) -> None:
+    def _describe(self, problem: Problem) -> None:
         library = self._library
         attribute, epilogue = library.MatmulDescAttribute, library.Epilogue
         kind = {
@@ -91,7 +92,7 @@ class ProductPlan:
         if problem.bias is not None:
             self._set(attribute.BIAS_DATA_TYPE, np.int32(_CUDA_TYPES[problem.bias]))
         if problem.is_fp8:
-            self._set(attribute.FAST_ACCUM, np.int8(fast_accumulation))
+            self._set(attribute.FAST_ACCUM, np.int8(problem.fast_accumulation))
             for mode in (attribute.A_SCALE_MODE, attribute.B_SCALE_MODE):
                 self._set(mode, np.int32(library.MatmulMatrixScale.OUTER_VEC_32F))
         if problem.scalar_x_scale:

@@ -3,7 +3,6 @@
 What is computed there belongs to the neighbours: `kernels`, `linear`, `attention`.
 """
 
-import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -11,15 +10,17 @@ from typing import Any, Self
 import numpy as np
 
 from runtime.backends.base import Array
-from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray
+from runtime.backends.cuda.arena import Pools
+from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contiguous
 from runtime.errors import CudaError, DeviceMemoryError, EngineError
+from runtime.memory import Layout, gib
+from runtime.residency import whole_pages
 from runtime.specs import DType
 
 __all__ = ["HOST_TYPES", "Device", "DeviceArray", "check", "find_obstacle"]
 
 _DEVICE_TYPES = {np.dtype(host): dtype for dtype, host in HOST_TYPES.items()}
-_SMALL = 1 << 20  # below: buckets are powers of two from 512 B; above: multiples of the driver's 2 MiB pages
-_PAGE = 2 << 20
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class Device:
@@ -53,17 +54,20 @@ class Device:
         flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream: int = int(check("cuStreamCreate", driver.cuStreamCreate(flag)))
         """Handle of the one compute stream."""
-        self._free: dict[int, list[int]] = {}  # bucket size → pointers
-        self._reserved: dict[int, int] = {}  # pointer → bytes, everything taken from the driver
-        self.used_bytes = 0
+        self._taken: dict[int, int] = {}  # address → bytes, everything taken from the driver
+        self._pools = Pools(self._take)
+        self.limit_bytes: int | None = None
+        """The most that may be taken from the driver; None: all there is."""
+        self.reserved_bytes = 0
+        """Bytes taken from the driver: in use, or kept for the next array."""
         self.peak_bytes = 0
-        """Most bytes handed out at any time so far, in whole buckets."""
+        """The most `reserved_bytes` has been."""
         self._closed = False
 
     @property
-    def reserved_bytes(self) -> int:
-        """Bytes taken from the driver: in use, or on the free list."""
-        return sum(self._reserved.values())
+    def used_bytes(self) -> int:
+        """Bytes of arrays in use, slabs not counted."""
+        return self._pools.used_bytes
 
     def make_current(self) -> None:
         """Bind the device to the calling thread; the thread that opened it is bound already."""
@@ -75,12 +79,25 @@ class Device:
         Raises:
             DeviceMemoryError: not enough memory, even with the free list given back.
         """
-        bucket = _bucket(max(1, math.prod(shape)) * dtype.itemsize)
-        kept = self._free.get(bucket)
-        pointer = kept.pop() if kept else self._allocate(bucket)
-        self.used_bytes += bucket
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        return DeviceArray(pointer, tuple(shape), dtype, math.prod(shape[1:]), Buffer(pointer, bucket, self._recycle))
+        return self._pools.empty(shape, dtype)
+
+    def slab(self, nbytes: int) -> DeviceArray:
+        """Bytes of their own, which go back to the driver when the array is freed or dropped.
+
+        Raises:
+            DeviceMemoryError: not enough memory.
+        """
+        pointer = self._take(whole_pages(nbytes))
+        return contiguous(pointer, (nbytes,), DType.F8_E4M3, Buffer(pointer, self._give))
+
+    def reserve(self, layout: Layout) -> None:
+        """Take the memory for the arrays to come now, in one piece, after giving back what is not in use.
+
+        Raises:
+            DeviceMemoryError: not enough memory.
+        """
+        self.trim()
+        self._pools.reserve(layout)
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
         """An array of zeros."""
@@ -126,13 +143,10 @@ class Device:
         return int(free), int(total)
 
     def trim(self) -> None:
-        """Give the free list back to the driver."""
+        """Give memory in which no array lies back to the driver."""
         self.synchronize()
-        for pointers in self._free.values():
-            for pointer in pointers:
-                check("cuMemFree", self._driver.cuMemFree(pointer))
-                del self._reserved[pointer]
-        self._free.clear()
+        for pointer in self._pools.pop_empty():
+            self._give(pointer)
 
     def elapsed_ms(self, work: Callable[[], None]) -> float:
         """Milliseconds the stream takes for what `work` queues, by CUDA events; waits for the end."""
@@ -153,13 +167,14 @@ class Device:
         if self._closed:
             return
         self._closed = True
+        self._pools.close()
         self._driver.cuStreamSynchronize(self.stream)
-        for pointer in self._reserved:
+        for pointer in self._taken:
             self._driver.cuMemFree(pointer)
         self._driver.cuStreamDestroy(self.stream)
         self._driver.cuDevicePrimaryCtxRelease(self._handle)
-        self._reserved.clear()
-        self._free.clear()
+        self._taken.clear()
+        self.reserved_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -167,25 +182,38 @@ class Device:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _allocate(self, nbytes: int) -> int:
-        result = self._driver.cuMemAlloc(nbytes)
-        if _is_out_of_memory(result):
+    def _take(self, nbytes: int) -> int:
+        """Memory from the driver, within the limit; what is kept for arrays to come is given back first where needed."""
+        result = self._try_take(nbytes)
+        if result is None:
             self.trim()
-            result = self._driver.cuMemAlloc(nbytes)
-        if _is_out_of_memory(result):
+            result = self._try_take(nbytes)
+        if result is None:
             free, total = self.memory()
+            within = (
+                ""
+                if self.limit_bytes is None
+                else f"; {gib(self.reserved_bytes)} of a budget of {gib(self.limit_bytes)} are in use"
+            )
             raise DeviceMemoryError(
-                f"{self.name}: an array of {nbytes / 2**20:,.0f} MiB is needed, {free / 2**20:,.0f} of {total / 2**20:,.0f} MiB are free",
+                f"{self.name}: {gib(nbytes)} more is needed, {gib(free)} of {gib(total)} are free{within}",
                 hint="lower the size or the number of frames, or end what else uses this GPU",
             )
-        pointer = int(check("cuMemAlloc", result))
-        self._reserved[pointer] = nbytes
-        return pointer
+        self._taken[result] = nbytes
+        self.reserved_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
+        return result
 
-    def _recycle(self, pointer: int, nbytes: int) -> None:
+    def _try_take(self, nbytes: int) -> int | None:
+        if self.limit_bytes is not None and self.reserved_bytes + nbytes > self.limit_bytes:
+            return None
+        result = self._driver.cuMemAlloc(nbytes)
+        return None if int(result[0]) == _OUT_OF_MEMORY else int(check("cuMemAlloc", result))
+
+    def _give(self, pointer: int) -> None:
         if not self._closed:
-            self.used_bytes -= nbytes
-            self._free.setdefault(nbytes, []).append(pointer)
+            self.reserved_bytes -= self._taken.pop(pointer)
+            check("cuMemFree", self._driver.cuMemFree(pointer))
 
     def _copy_out(self, array: DeviceArray, result: Array) -> Any:
         width = array.nbytes // max(1, array.shape[0]) if array.shape else array.nbytes
@@ -219,6 +247,10 @@ def check(call: str, result: tuple[Any, ...]) -> Any:
         CudaError: the status is not success; the message has the call, the code and its name.
     """
     status, *values = result
+    if int(status) == _OUT_OF_MEMORY:
+        raise DeviceMemoryError(
+            f"{call}: the device is out of memory", hint="end what else uses this GPU, or give a smaller --vram"
+        )
     if int(status) != 0:
         raise CudaError(
             f"{call} failed with {int(status)}: {getattr(status, 'name', type(status).__name__)}",
@@ -240,13 +272,3 @@ def _driver() -> Any:
             hint="this target needs an NVIDIA GPU and its driver; `nvidia-smi` shows both",
         ) from exc
     return driver
-
-
-def _bucket(nbytes: int) -> int:
-    if nbytes < _SMALL:
-        return max(512, 1 << (nbytes - 1).bit_length())
-    return -(-nbytes // _PAGE) * _PAGE
-
-
-def _is_out_of_memory(result: tuple[Any, ...]) -> bool:
-    return int(result[0]) == 2  # CUDA_ERROR_OUT_OF_MEMORY

@@ -1,6 +1,7 @@
 """The `cuda` target: plans executed on one stream by compiled kernels, cuBLASLt and cuDNN. A tensor is a `DeviceArray`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,13 +10,19 @@ import numpy as np
 
 from runtime import strict_json
 from runtime.backends.base import Array
+from runtime.backends.cuda.array import Unit
 from runtime.backends.cuda.attention import Attention
+from runtime.backends.cuda.attention_kernels import AttentionKernels
+from runtime.backends.cuda.clip_kernels import ClipKernels
+from runtime.backends.cuda.convolution import Convolution, fuses_residual
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.backends.cuda.kernels import Kernels
 from runtime.backends.cuda.linear import Linear
-from runtime.backends.cuda.plan import PLAN_VERSION, Plan, Step, StepKind, View
+from runtime.backends.cuda.plan import PLAN_VERSION, Buffer, Plan, Step, StepKind, View
+from runtime.backends.cuda.self_attention import SelfAttention
+from runtime.backends.cuda.text_kernels import TextKernels
+from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.errors import EngineError
-from runtime.precision import FP8_MAX
 from runtime.specs import DType, Precision, StageSpec, TensorSpec, match_shapes, resolve
 
 _REBUILD = "rebuild the bundle with `wanrt build-engines --target cuda`"
@@ -30,18 +37,25 @@ class CudaEngine:
         self._views = {view.name: view for view in plan.views}
         self._dropped = self._last_uses()
 
-    def run(self, tensors: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+    def run(self, tensors: Mapping[str, DeviceArray], *, consumed: Collection[str] = ()) -> dict[str, DeviceArray]:
         extents = match_shapes(self._stage, {tensor.name: tensors[tensor.name].shape for tensor in self._stage.inputs})
         arrays = dict(tensors)
         for step, dropped in zip(self._plan.steps, self._dropped, strict=True):
             for name in step.outputs.values():
+                if name in arrays:
+                    continue  # written in parts, by several steps
                 buffer = self._buffers[name]
                 shape = tuple(resolve(axis, extents) for axis in buffer.shape)
-                arrays[name] = self._backend.device.empty(shape, buffer.dtype)
+                arrays[name] = self._backend.allocate(shape, buffer)
             given = {argument: self._array(arrays, name) for argument, name in step.inputs.items()}
-            self._backend.execute(step, given, {argument: arrays[name] for argument, name in step.outputs.items()})
+            made = self._backend.execute(step, given, {argument: arrays[name] for argument, name in step.outputs.items()})
+            arrays |= {step.outputs[argument]: array for argument, array in made.items()}
+            given.clear()  # what is dropped must be free before the next step's arrays are made
             for name in dropped:
-                arrays.pop(name, None)
+                if name in self._buffers:
+                    arrays.pop(name, None)
+                elif name in consumed:
+                    arrays[name].free()
         return {name: self._array(arrays, array) for name, array in self._plan.outputs.items()}
 
     def close(self) -> None:
@@ -55,18 +69,48 @@ class CudaEngine:
         return (source.rows if view.axis == 0 else source.columns)(view.start, view.stop)
 
     def _last_uses(self) -> list[list[str]]:
-        """After each step, the buffers that nothing reads any more."""
+        """After each step, the buffers and inputs that nothing reads any more."""
         kept = {self._root(name) for name in self._plan.outputs.values()}
         dropped: list[list[str]] = []
         for step in reversed(self._plan.steps):
             used = {self._root(name) for name in (*step.inputs.values(), *step.outputs.values())}
-            dropped.append(sorted((used - kept) & self._buffers.keys()))
+            dropped.append(sorted(used - kept))
             kept |= used
         return dropped[::-1]
 
     def _root(self, name: str) -> str:
         view: View | None = self._views.get(name)
         return name if view is None else self._root(view.source)
+
+
+class Libraries:
+    """The libraries and kernels that plans call, opened on one device; whoever opened them closes them.
+
+    Raises:
+        EngineError: no kernels for the device's architecture, or a library is missing.
+    """
+
+    def __init__(self, device: Device, kernels: Mapping[str, bytes]) -> None:
+        cubin = kernels.get(device.arch)
+        if cubin is None:
+            raise EngineError(
+                f"{device.name} is {device.arch}; this bundle has kernels for {', '.join(kernels)}",
+                hint=f"rebuild it with `wanrt build-engines --target cuda --arch {device.arch}`",
+            )
+        self.kernels = Kernels(device, cubin)
+        self.text = TextKernels(device, cubin)
+        self.clip = ClipKernels(device, cubin)
+        self.linear = Linear(device)
+        self.attention = Attention(device)
+        self.attention_kernels = AttentionKernels(device, cubin)
+        self.self_attention = SelfAttention(self.attention, self.attention_kernels)
+        self.convolution = Convolution(device)
+        self.vae = VaeKernels(device, cubin, self.linear)
+
+    def close(self) -> None:
+        self.convolution.close()
+        self.attention.close()
+        self.linear.close()
 
 
 class CudaBackend:
@@ -83,30 +127,52 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self, kernels: Mapping[str, bytes], *, attention: Precision = Precision.BF16) -> None:
-        self.device = Device()
-        cubin = kernels.get(self.device.arch)
-        if cubin is None:
+        self.attention = attention
+        self.device = self._open_device()
+        try:
+            self._libraries = self._open_libraries(kernels)
+        except BaseException:
             self.device.close()
-            raise EngineError(
-                f"{self.device.name} is {self.device.arch}; this bundle has kernels for {', '.join(kernels)}",
-                hint=f"rebuild it with `wanrt build-engines --target cuda --arch {self.device.arch}`",
-            )
-        self._kernels = Kernels(self.device, cubin)
-        self._linear = Linear(self.device)
-        self._attention = Attention(self.device)
-        self._fp8_attention = attention is Precision.FP8
-        self._run: dict[StepKind, Callable[..., None]] = {
-            StepKind.ADD: self._kernels.add,
-            StepKind.CONVERT: self._kernels.convert,
+            raise
+        libraries = self._libraries
+        self._run: dict[StepKind, Callable[..., Mapping[str, DeviceArray] | None]] = {
+            StepKind.ADD: self._add,
+            StepKind.CONVERT: libraries.kernels.convert,
             StepKind.GEMV: self._gemv,
-            StepKind.NORM: self._kernels.norm,
-            StepKind.RESIDUAL: self._kernels.gated_residual,
-            StepKind.RESIDUAL_NORM: self._kernels.residual_norm,
-            StepKind.QK_NORM_ROPE: self._kernels.qk_norm_rope,
-            StepKind.QUANTIZE_ROWS: self._kernels.quantize_rows,
-            StepKind.LINEAR: self._linear.run,
+            StepKind.NORM: libraries.kernels.norm,
+            StepKind.RESIDUAL: libraries.kernels.gated_residual,
+            StepKind.RESIDUAL_NORM: libraries.kernels.residual_norm,
+            StepKind.QK_NORM_ROPE: libraries.kernels.qk_norm_rope,
+            StepKind.QUANTIZE_ROWS: libraries.kernels.quantize_rows,
+            StepKind.LINEAR: self._linear,
             StepKind.ATTENTION: self._attend,
+            StepKind.QUANTIZE_CENTRED: self._quantize_centred,
+            StepKind.RESTORE: libraries.attention_kernels.restore,
+            StepKind.FOLD_OFFSET: libraries.attention_kernels.fold_offset,
+            StepKind.GELU: libraries.kernels.gelu,
+            StepKind.RMS_NORM: libraries.text.rms_norm,
+            StepKind.RESIDUAL_RMS_NORM: libraries.text.residual_rms_norm,
+            StepKind.LAYER_NORM: libraries.clip.layer_norm,
+            StepKind.RESIDUAL_LAYER_NORM: libraries.clip.residual_layer_norm,
+            StepKind.EMBED_TOKENS: libraries.clip.embed_tokens,
+            StepKind.GATED_GELU: libraries.text.gated_gelu,
+            StepKind.BIASED_ATTENTION: libraries.text.biased_attention,
+            StepKind.CHANNELS_LAST: libraries.vae.channels_last,
+            StepKind.PLANES: libraries.vae.planes,
+            StepKind.CHANNEL_NORM: libraries.vae.channel_norm,
+            StepKind.CONVOLUTION: self._convolve,
+            StepKind.UPSAMPLE: libraries.vae.upsample,
+            StepKind.FRAME_ATTENTION: libraries.vae.frame_attention,
+            StepKind.ZEROS: libraries.vae.zeros,
+            StepKind.ADD_AVERAGE_DOWN: libraries.vae.add_average_down,
+            StepKind.ADD_DUPLICATE_UP: libraries.vae.add_duplicate_up,
         }
+
+    def _open_device(self) -> Device:
+        return Device()
+
+    def _open_libraries(self, kernels: Mapping[str, bytes]) -> Libraries:
+        return Libraries(self.device, kernels)
 
     def open_engine(self, path: Path, stage: StageSpec) -> CudaEngine:
         try:
@@ -120,6 +186,8 @@ class CudaBackend:
             raise EngineError(
                 f"{path.name}: plan version {plan.version} of {plan.stage}, expected {PLAN_VERSION} of {stage.name}"
             )
+        if self.attention is Precision.FP8 and plan.fp8_attention is not None:
+            plan = plan.fp8_attention
         _check_names(plan, (*stage.inputs, *stage.weights), stage)
         return CudaEngine(plan, stage, self)
 
@@ -129,14 +197,23 @@ class CudaBackend:
     def to_host(self, tensor: DeviceArray) -> Array:
         return self.device.to_host(tensor)
 
-    def execute(self, step: Step, inputs: dict[str, DeviceArray], outputs: dict[str, DeviceArray]) -> None:
-        """Queue one step of a plan on the stream."""
-        self._run[step.kind](**inputs, **outputs, **_arguments(step))
+    def allocate(self, shape: tuple[int, ...], buffer: Buffer) -> DeviceArray:
+        """An array for a buffer of a plan, with the spare rows that it asks for."""
+        spare = -shape[0] % buffer.row_multiple if buffer.row_multiple > 1 else 0
+        array = self.device.empty((shape[0] + spare, *shape[1:]) if spare else shape, buffer.dtype)
+        return array.sparing_rows(spare) if spare else array
+
+    def execute(self, step: Step, inputs: dict[str, DeviceArray], outputs: dict[str, DeviceArray]) -> Mapping[str, DeviceArray]:
+        """Queue one step of a plan on the stream.
+
+        Returns:
+            Outputs that are more than the array given for them, by argument: the same memory, with its unit.
+        """
+        return self._run[step.kind](**inputs, **outputs, **_arguments(step)) or {}
 
     def close(self) -> None:
         """Release libraries, kernels and all memory of the device."""
-        self._attention.close()
-        self._linear.close()
+        self._libraries.close()
         self.device.close()
 
     def __enter__(self) -> Self:
@@ -145,33 +222,84 @@ class CudaBackend:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _attend(self, query: DeviceArray, key: DeviceArray, value: DeviceArray, out: DeviceArray, *, num_heads: int) -> None:
-        # fp8 pays for long sequences; cross-attention's 512 keys are not worth the quantisation
-        if not self._fp8_attention or query.shape != key.shape:
-            self._attention.run(query, key, value, out, num_heads=num_heads)
-            return
-        (narrow_query, query_scale), (narrow_key, key_scale), (narrow_value, value_scale) = (
-            self._quantised(array) for array in (query, key, value)
-        )
-        narrow_out = self.device.empty(out.shape, DType.F8_E4M3)  # in units of the value's scale
-        self._attention.run(
-            narrow_query, narrow_key, narrow_value, narrow_out, num_heads=num_heads, descale_q=query_scale, descale_k=key_scale
-        )
-        self._kernels.dequantize_tensor(narrow_out, value_scale, out)
+    def _attend(
+        self, query: DeviceArray, key: DeviceArray, value: DeviceArray, out: DeviceArray, *, num_heads: int
+    ) -> Mapping[str, DeviceArray]:
+        self._libraries.self_attention.run(query, key, value, out, num_heads=num_heads)
+        return {"out": replace(out, unit=value.unit)}  # a mean of values has their unit
+
+    def _quantize_centred(
+        self, x: DeviceArray, out: DeviceArray, scale: DeviceArray, offset: DeviceArray
+    ) -> Mapping[str, DeviceArray]:
+        self._libraries.attention_kernels.quantize_centred(x, out, scale, offset)
+        return {"out": replace(out, unit=Unit(scale, offset))}
+
+    def _linear(
+        self,
+        x: DeviceArray,
+        weight: DeviceArray,
+        out: DeviceArray,
+        *,
+        bias: DeviceArray | None = None,
+        x_scale: DeviceArray | None = None,
+        weight_scale: DeviceArray | None = None,
+        **flags: bool,
+    ) -> None:
+        if x.unit is not None:  # its offset is in the bias, see StepKind.FOLD_OFFSET
+            x_scale = x.unit.scale
+        self._libraries.linear.run(x, weight, bias, out, x_scale=x_scale, weight_scale=weight_scale, **flags)
+
+    def _add(self, a: DeviceArray, b: DeviceArray, out: DeviceArray) -> None:
+        # the six rows of a block's modulation are one row to add to each row of the time modulation
+        columns = out.shape[1]
+        a, b = (array if array.shape[1] == columns else array.reshape(1, columns) for array in (a, b))
+        self._libraries.kernels.add(a, b, out)
+
+    def _convolve(
+        self,
+        x: DeviceArray,
+        weight: DeviceArray,
+        bias: DeviceArray,
+        out: DeviceArray,
+        *,
+        residual: DeviceArray | None = None,
+        pad_top: int,
+        pad_left: int,
+        pad_bottom: int,
+        pad_right: int,
+        time_stride: int,
+        space_stride: int,
+    ) -> None:
+        fused = residual is None or fuses_residual(out)
+        self._libraries.convolution.run(
+            x, weight, bias, out, residual=residual if fused else None, pads=(pad_top, pad_left, pad_bottom, pad_right),
+            time_stride=time_stride, space_stride=space_stride,
+        )  # fmt: skip
+        if residual is not None and not fused:
+            rows = (out.size // out.shape[-1], out.shape[-1])
+            self._libraries.kernels.gated_residual(residual.reshape(*rows), out.reshape(*rows), out=out.reshape(*rows))
 
     def _gemv(self, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, out: DeviceArray, *, silu_input: bool) -> None:
         # a plan may declare one row of outputs as several, as the six rows of modulation
-        self._kernels.gemv(x, weight, bias, out=out.reshape(x.shape[0], weight.shape[0]), silu_input=silu_input)
-
-    def _quantised(self, array: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
-        scale = self._kernels.amax(array, divide_by=FP8_MAX)
-        narrow = self.device.empty(array.shape, DType.F8_E4M3)
-        self._kernels.quantize_tensor(array, scale, narrow)
-        return narrow, scale
+        self._libraries.kernels.gemv(x, weight, bias, out=out.reshape(x.shape[0], weight.shape[0]), silu_input=silu_input)
 
 
-_FLAGS = frozenset(("add_one", "gelu", "silu_input"))
-_COUNTS = frozenset(("num_heads",))
+_FLAGS = frozenset(("add_one", "fast_accumulation", "gelu", "silu_input", "silu", "interleave"))
+_COUNTS = frozenset(
+    (
+        "num_heads",
+        "pad_top",
+        "pad_left",
+        "pad_bottom",
+        "pad_right",
+        "time_stride",
+        "space_stride",
+        "side",
+        "time_factor",
+        "space_factor",
+        "first_frame",
+    )
+)
 
 
 def _arguments(step: Step) -> dict[str, Any]:

@@ -33,23 +33,63 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 _POINTER, _FLOAT, _INT = ctypes.c_uint64, ctypes.c_float, ctypes.c_int32
 NORM = _structure(
-    "NormArguments", tile=_Tile, x=_Rows, residual=_Rows, residual_out=_Rows, gate=_POINTER, gain=_POINTER, shift=_POINTER,
-    out=_Rows, out_scale=_POINTER, one=_FLOAT, eps=_FLOAT,
+    "NormArguments", tile=_Tile, x=_Rows, residual=_Rows, residual_out=_Rows, gate=_Rows, gain=_Rows, shift=_Rows,
+    num_clean=_POINTER, out=_Rows, out_scale=_POINTER, one=_FLOAT, eps=_FLOAT,
 )  # fmt: skip
-GATED_RESIDUAL = _structure("GatedResidualArguments", tile=_Tile, x=_Rows, residual=_Rows, gate=_POINTER, out=_Rows)
+GATED_RESIDUAL = _structure(
+    "GatedResidualArguments", tile=_Tile, x=_Rows, residual=_Rows, gate=_Rows, num_clean=_POINTER, out=_Rows
+)
 ROPE = _structure(
     "RopeArguments", tile=_Tile, x=_Rows, weight=_POINTER, rope_cos=_POINTER, rope_sin=_POINTER, rope_stride=ctypes.c_int64,
-    out=_Rows, head_dim=_INT, head_inverse=ctypes.c_uint32, eps=_FLOAT, inverse_scale=_FLOAT,
+    out=_Rows, head_dim=_INT, head_inverse=ctypes.c_uint32, eps=_FLOAT,
 )  # fmt: skip
 QUANTIZE_ROWS = _structure("QuantizeRowsArguments", tile=_Tile, x=_Rows, out=_Rows, out_scale=_POINTER)
-QUANTIZE_TENSOR = _structure("QuantizeTensorArguments", tile=_Tile, x=_Rows, scale=_POINTER, out=_Rows)
-DEQUANTIZE_TENSOR = _structure("DequantizeTensorArguments", tile=_Tile, x=_Rows, scale=_POINTER, out=_Rows)
-AMAX = _structure("AmaxArguments", tile=_Tile, x=_Rows, factor=_FLOAT, out=_POINTER)
+COLUMN_SPREAD = _structure("ColumnSpreadArguments", tile=_Tile, x=_Rows, partial=_POINTER, scale=_POINTER, num_parts=_INT)
+COLUMN_FINISH = _structure(
+    "ColumnFinishArguments", tile=_Tile, partial=_POINTER, mean=_POINTER, scale=_POINTER, spare=_Rows, num_parts=_INT,
+    num_spare=_INT,
+)  # fmt: skip
+QUANTIZE_CENTRED = _structure("QuantizeCentredArguments", tile=_Tile, x=_Rows, scale=_POINTER, offset=_POINTER, out=_Rows)
+RESTORE = _structure("RestoreArguments", tile=_Tile, x=_Rows, scale=_POINTER, offset=_POINTER, out=_Rows)
+FOLD_OFFSET = _structure(
+    "FoldOffsetArguments", tile=_Tile, offset=_POINTER, weight=_Rows, weight_scale=_POINTER, bias=_POINTER, out=_POINTER,
+    num_outputs=_INT,
+)  # fmt: skip
+GELU = _structure("GeluArguments", tile=_Tile, x=_Rows, out=_Rows)
 CONVERT = _structure("ConvertArguments", tile=_Tile, x=_Rows, out=_Rows)
 ADD = _structure("AddArguments", tile=_Tile, a=_Rows, b=_Rows, out=_Rows)
 GEMV = _structure(
     "GemvArguments", tile=_Tile, num_outputs=_INT, silu_input=_INT, x=_Rows, weight=_Rows, bias=_POINTER, out=_Rows
 )  # fmt: skip
+RMS_NORM = _structure(
+    "RmsNormArguments", tile=_Tile, x=_Rows, residual=_Rows, residual_out=_Rows, weight=_POINTER, out=_Rows, eps=_FLOAT
+)
+LAYER_NORM = _structure(
+    "LayerNormArguments", tile=_Tile, x=_Rows, residual=_Rows, residual_out=_Rows, first=_POINTER, weight=_POINTER, bias=_POINTER,
+    out=_Rows, eps=_FLOAT,
+)  # fmt: skip
+GATED_GELU = _structure("GatedGeluArguments", tile=_Tile, gate=_Rows, x=_Rows, out=_Rows)
+BIASED_ATTENTION = _structure(
+    "BiasedAttentionArguments", tile=_Tile, query=_Rows, key=_Rows, value=_Rows, out=_Rows, position_table=_POINTER,
+    position_buckets=_POINTER, num_heads=_INT, head_dim=_INT, num_buckets=_INT,
+)  # fmt: skip
+CHANNEL_NORM = _structure(
+    "ChannelNormArguments", tile=_Tile, x=_POINTER, gamma=_POINTER, past=_POINTER, out=_POINTER,
+    num_frames=_INT, past_frames=_INT, from_zero=_INT, silu=_INT, lanes=_INT, scale=_FLOAT,
+)  # fmt: skip
+UPSAMPLE = _structure(
+    "UpsampleArguments", tile=_Tile, x=_POINTER, out=_POINTER, width=_INT, frame_positions=_INT, interleave=_INT, repeat=_INT
+)
+LAYOUT = _structure(
+    "LayoutArguments", tile=_Tile, planes=_POINTER, frames=_POINTER, channels=_INT, width=_INT, frame_positions=_INT, side=_INT,
+    num_frames=_INT, first_frame=_INT,
+)  # fmt: skip
+SHORTCUT = _structure(
+    "ShortcutArguments", tile=_Tile, x=_POINTER, level_input=_POINTER, out=_POINTER, width=_INT, frame_positions=_INT,
+    in_channels=_INT, time_factor=_INT, space_factor=_INT, offset=_INT,
+)  # fmt: skip
+SOFTMAX = _structure("SoftmaxArguments", tile=_Tile, scores=_POINTER, out=_POINTER, num_keys=_INT, scale=_FLOAT)
+TRANSPOSE = _structure("TransposeArguments", tile=_Tile, x=_Rows, out=_POINTER, padded=_INT)
 
 
 class Module:
@@ -77,6 +117,7 @@ class Module:
         most: int = MAX_COLUMNS,
         blocks: int | None = None,
         threads: int | None = None,
+        only_aligned: bool = False,
         **arguments: Argument,
     ) -> None:
         """Queue a kernel over the rows of `rows`: by 16-byte accesses if `aligned` and every array in `arguments` allow them.
@@ -85,6 +126,7 @@ class Module:
             rows: the matrix whose extents decide the grid, unless `blocks` and `threads` say otherwise.
             period: columns after which the kernel's treatment of a row repeats; the fastest kernel needs whole periods per thread step.
             most: columns one block can hold.
+            only_aligned: the kernel exists once, for arrays that 16-byte accesses can read.
             arguments: the fields of `structure` but the tile; None is a null pointer.
 
         Raises:
@@ -111,7 +153,10 @@ class Module:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         width = threads * COLUMNS_PER_VECTOR
         full = num_columns == width * VECTORS_PER_THREAD and width % period == 0
-        function = self._function(f"{name}{'_unaligned' if not aligned else '' if full else '_ragged'}")
+        if only_aligned and not aligned:
+            raise EngineError(f"{name} takes arrays whose rows are whole 16-byte words")
+        suffix = "" if only_aligned else "_unaligned" if not aligned else "" if full else "_ragged"
+        function = self._function(f"{name}{suffix}")
         launch = self._driver.cuLaunchKernel
         result = launch(function, blocks, 1, 1, threads, 1, 1, 0, self._device.stream, ctypes.addressof(parameters), 0)
         check(f"cuLaunchKernel({name})", result)

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from runtime.specs import Axis, DType
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 class StepKind(StrEnum):
@@ -25,6 +25,26 @@ class StepKind(StrEnum):
     QUANTIZE_ROWS = "quantize_rows"
     LINEAR = "linear"
     ATTENTION = "attention"
+    QUANTIZE_CENTRED = "quantize_centred"
+    RESTORE = "restore"
+    FOLD_OFFSET = "fold_offset"
+    GELU = "gelu"
+    RMS_NORM = "rms_norm"
+    RESIDUAL_RMS_NORM = "residual_rms_norm"
+    LAYER_NORM = "layer_norm"
+    RESIDUAL_LAYER_NORM = "residual_layer_norm"
+    EMBED_TOKENS = "embed_tokens"
+    GATED_GELU = "gated_gelu"
+    BIASED_ATTENTION = "biased_attention"
+    CHANNELS_LAST = "channels_last"
+    PLANES = "planes"
+    CHANNEL_NORM = "channel_norm"
+    CONVOLUTION = "convolution"
+    UPSAMPLE = "upsample"
+    FRAME_ATTENTION = "frame_attention"
+    ZEROS = "zeros"
+    ADD_AVERAGE_DOWN = "add_average_down"
+    ADD_DUPLICATE_UP = "add_duplicate_up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +54,8 @@ class Buffer:
     name: str
     shape: tuple[Axis, ...]
     dtype: DType
+    row_multiple: int = 1
+    """The array gets as many spare rows as bring its first extent to a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +85,5 @@ class Plan:
     views: tuple[View, ...]
     steps: tuple[Step, ...]
     outputs: dict[str, str]  # the stage's output → array
+    fp8_attention: "Plan | None" = None
+    """The stage when self-attention runs in fp8, if it is another one then: query, key, value and what comes of them are fp8."""

@@ -1,0 +1,170 @@
+"""A GPU of two streams and some bytes: what is queued runs later, in any order that the events allow, and reads what then lies there."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import Array
+from runtime.backends.cuda.array import Buffer, DeviceArray, contiguous
+from runtime.memory import Layout
+from runtime.specs import DType
+
+COPY, COMPUTE = 0, 1
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.asked = self.happened = 0  # times it was queued, and came to pass
+
+
+class FakeGpu:
+    """Device and copy stream in one. `random` decides which stream goes on where both can."""
+
+    arch, name = "sm_00", "fake"
+
+    def __init__(self, *, total_bytes: int = 1 << 40, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.total_bytes = total_bytes
+        self.limit_bytes: int | None = None
+        self.peak_bytes = self.layout_bytes = 0
+        self.memory_of: dict[int, Array] = {}
+        self.page_locked_bytes: dict[int, int] = {}
+        self.log: list[str] = []
+        self.copied: list[int] = []  # bytes of each copy
+        self.closed = False
+        self._queues: tuple[list[Any], list[Any]] = ([], [])
+        self._lock = threading.RLock()
+        self._next = 1 << 30
+
+    # the device
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.layout_bytes + sum(len(memory) for memory in self.memory_of.values())
+
+    @property
+    def device(self) -> "FakeGpu":
+        return self
+
+    def slab(self, nbytes: int) -> DeviceArray:
+        nbytes = -(-nbytes // (2 << 20)) * (2 << 20)
+        start, self._next = self._next, self._next + nbytes
+        self.memory_of[start] = np.zeros(nbytes, np.uint8)
+        self._count()
+        return contiguous(start, (nbytes,), DType.F8_E4M3, Buffer(start, self._free))
+
+    def reserve(self, layout: Layout) -> None:
+        self.layout_bytes = layout.nbytes
+        self.log.append(f"reserve {layout.nbytes}")
+        self._count()
+
+    def trim(self) -> None:
+        self.layout_bytes = 0
+
+    def memory(self) -> tuple[int, int]:
+        return self.total_bytes - self.reserved_bytes, self.total_bytes
+
+    # the copy stream
+
+    def use_here(self) -> None: ...
+
+    def new_event(self) -> FakeEvent:
+        return FakeEvent()
+
+    def copy(self, source: Array, pointer: int) -> None:
+        def run() -> None:
+            into, offset = self._find(pointer)
+            into[offset : offset + len(source)] = source
+            self.copied.append(len(source))
+
+        self._queue(COPY, run)
+
+    def mark(self, event: FakeEvent) -> None:
+        self._mark(COPY, event)
+
+    def mark_computing(self, event: FakeEvent) -> None:
+        self._mark(COMPUTE, event)
+
+    def hold(self, event: FakeEvent) -> None:
+        self._queue(COPY, (event, event.asked))
+
+    def hold_computing(self, event: FakeEvent) -> None:
+        self._queue(COMPUTE, (event, event.asked))
+
+    def wait(self, event: FakeEvent) -> None:
+        asked = event.asked
+        with self._lock:
+            while event.happened < asked:
+                assert self._advance(), "the host waits for what can never happen"
+
+    def page_locked(self, nbytes: int) -> Array:
+        memory = np.zeros(nbytes, np.uint8)
+        self.page_locked_bytes[memory.ctypes.data] = nbytes
+        return memory
+
+    def free_page_locked(self, array: Array) -> None:
+        del self.page_locked_bytes[array.ctypes.data]
+
+    def synchronize(self) -> None:
+        self.finish()
+
+    def close(self) -> None:
+        self.closed = True
+
+    # the test's side
+
+    def compute(self, read: DeviceArray, expected: Array) -> None:
+        """Queue computing that reads an array, and must find `expected` there."""
+
+        def run() -> None:
+            into, offset = self._find(read.pointer)
+            found = into[offset : offset + expected.nbytes]
+            assert (found == expected.reshape(-1).view(np.uint8)).all(), "computed with another unit's weights"
+
+        self._queue(COMPUTE, run)
+
+    def finish(self) -> None:
+        """Run everything that is queued."""
+        with self._lock:
+            while self._advance():
+                pass
+            assert not any(self._queues), "queued work can never run"
+
+    def _advance(self) -> bool:
+        """One thing of one stream; False when neither can go on."""
+        for stream in self.random.permutation(2):
+            queue = self._queues[stream]
+            if queue and not (isinstance(queue[0], tuple) and queue[0][0].happened < queue[0][1]):
+                work = queue.pop(0)
+                if not isinstance(work, tuple):
+                    work()
+                return True
+        return False
+
+    def _queue(self, stream: int, work: Callable[[], None] | tuple[FakeEvent, int]) -> None:
+        with self._lock:
+            self._queues[stream].append(work)
+            if self.random.random() < 0.5:
+                self._advance()
+
+    def _mark(self, stream: int, event: FakeEvent) -> None:
+        event.asked += 1
+
+        def run(turn: int = event.asked) -> None:
+            event.happened = max(event.happened, turn)
+
+        self._queue(stream, run)
+
+    def _find(self, pointer: int) -> tuple[Array, int]:
+        start = max(start for start in self.memory_of if start <= pointer)
+        return self.memory_of[start], pointer - start
+
+    def _free(self, pointer: int) -> None:
+        self.finish()  # as the driver does
+        self.log.append(f"free {len(self.memory_of.pop(pointer))}")
+
+    def _count(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
+        assert self.limit_bytes is None or self.reserved_bytes <= self.limit_bytes, "over the budget"

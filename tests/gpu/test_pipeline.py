@@ -1,0 +1,92 @@
+"""Whole generations on the GPU against the CPU target, from one bundle: text-to-video with two experts, and one like the 5B from an image."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.build import BuildRequest, build_bundle
+from runtime.pipeline import Video, VideoPipeline
+from runtime.request import GenerateRequest
+from runtime.specs import Precision
+from tests.gpu.conftest import kernels_for_this_gpu
+from tests.harness import relative_error
+from tests.tolerances import TOLERANCES
+from tests.toys import TEXT_IMAGE_TOY, TOY, make_diffusers_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+WIDE = {"head_dim": 128, "ffn_dim": 512, "text_dim": 64, "text_head_dim": 16, "text_ffn_dim": 96, "vae_base_dim": 16}
+"""Multiples of what tensor cores take."""
+REQUEST = GenerateRequest(
+    prompt="a red panda runs on snow", negative_prompt="dog", width=64, height=96, num_frames=9, num_steps=4, seed=3
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    bundle: Path
+    precision: Precision
+    request: GenerateRequest
+
+    def run(self, target: str, *, vram: int | None = None, **options: Any) -> tuple[Video, list[Any]]:
+        """A generation, and the latents after every step."""
+        steps: list[Any] = []
+        with VideoPipeline.open(self.bundle, target=target, num_threads=2, vram=vram) as pipeline:
+            video = pipeline.generate(replace(self.request, **options), on_step=lambda event: steps.append(event.latents))
+        return video, steps
+
+
+@pytest.fixture(scope="module", params=["t2v bf16", "t2v fp8", "ti2v bf16"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    kind, precision = request.param.split()
+    folder = tmp_path_factory.mktemp("built")
+    asked = REQUEST
+    if kind == "t2v":
+        make_diffusers_checkpoint(folder / "checkpoint", config=replace(TOY, **WIDE), seed=1, experts=2)
+    else:
+        make_diffusers_checkpoint(folder / "checkpoint", config=replace(TEXT_IMAGE_TOY, **WIDE), seed=1)
+        pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
+        asked = replace(REQUEST, image=pixels)
+    build_bundle(
+        BuildRequest(
+            out=folder / "bundle",
+            checkpoint=folder / "checkpoint",
+            targets=("cpu", "cuda"),
+            precision=Precision(precision),
+            architectures=tuple(kernels_for_this_gpu()),
+        )
+    )
+    yield Built(folder / "bundle", Precision(precision), asked)
+
+
+def test_latents_after_every_step_are_those_of_the_cpu_target(built: Built, record_property: Any) -> None:
+    (ours, our_steps), (expected, expected_steps) = built.run("cuda"), built.run("cpu")
+    assert len(our_steps) == len(expected_steps) == REQUEST.num_steps
+    for i, (latents, reference) in enumerate(zip(our_steps, expected_steps, strict=True)):
+        error = relative_error(latents, reference)
+        record_property(f"{built.precision} step {i + 1}", error)
+        assert error < TOLERANCES[f"latents after a step, cuda {built.precision}"]
+    difference = np.abs(ours.frames.astype(int) - expected.frames.astype(int)).mean()
+    record_property(f"{built.precision} frames", float(difference))
+    assert difference < TOLERANCES[f"mean frame, cuda {built.precision}, of 255"]
+
+
+def test_the_same_seed_gives_the_same_bits(built: Built) -> None:
+    (first, _), (again, _) = built.run("cuda"), built.run("cuda")
+    np.testing.assert_array_equal(first.latents, again.latents)
+    np.testing.assert_array_equal(first.frames, again.frames)
+
+
+def test_fp8_attention_is_an_option_of_the_request(built: Built) -> None:
+    (narrow, _), (wide, _) = built.run("cuda", attention=Precision.FP8), built.run("cuda")
+    assert 0 < relative_error(narrow.latents, wide.latents) < TOLERANCES["latents after a step, cuda fp8"]
+
+
+def test_the_report_has_predicted_and_measured_device_memory(built: Built) -> None:
+    report = built.run("cuda")[0].report
+    assert report.device_memory is not None
+    assert 0 < report.device_memory.peak_bytes <= report.device_memory.predicted_peak_bytes

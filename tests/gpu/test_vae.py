@@ -1,0 +1,220 @@
+"""The VAE on the GPU: its kernels against their formulas in float64, and whole streams against the fp32 engines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.targets.cuda.lower import lower_stage
+from export.graphs import stage_graph
+from export.layouts import vae_diffusers_names
+from export.pack import pack_plan, write_weights
+from runtime.backends.cuda.device import Device, DeviceArray
+from runtime.backends.cuda.linear import Linear
+from runtime.backends.cuda.vae_kernels import VaeKernels
+from runtime.component import Component
+from runtime.precision import in_precision
+from runtime.specs import DType, Precision, StageSpec
+from runtime.stages import network_stages
+from runtime.stages.vae import vae_encoder_stages, vae_stages
+from runtime.strict_json import encode
+from runtime.vae import decode_stream, encode_stream, normalise, unnormalise
+from runtime.variants import VaeArch, Variant
+from runtime.weights import WeightStore
+from tests.gpu.bits import Array
+from tests.gpu.conftest import kernels_for_this_gpu
+from tests.harness import DictSource, relative_error
+from tests.tolerances import TOLERANCES
+from tests.toys import ToyConfig, make_vae, original_tensors
+from tests.vaes import eager_stages, frame_groups, random_frames, random_latents, toy_variant
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = {
+    "wan 2.1's levels": ToyConfig(num_res_blocks=1),
+    "wan 2.2's levels": ToyConfig(vae_2_2=True, vae_base_dim=16, num_res_blocks=1),
+}
+SIZES = {"landscape": (4, 6), "odd": (5, 7), "one position": (1, 1)}
+SLACK = 4e-6  # fp32 arithmetic, of the output's greatest magnitude
+
+
+@pytest.fixture(scope="module")
+def kernels(device: Device) -> Iterator[VaeKernels]:
+    with Linear(device) as linear:
+        yield VaeKernels(device, kernels_for_this_gpu()[device.arch], linear)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A toy VAE: its weights, and both its networks on the GPU."""
+
+    arch: VaeArch
+    tensors: dict[str, torch.Tensor]
+    decoder: Component
+    encoder: Component
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    config = CONFIGS[request.param]
+    tensors = original_tensors(make_vae(config, seed=3), vae_diffusers_names(config.vae))
+    variant, folder = toy_variant(config.vae), tmp_path_factory.mktemp("vae")
+    with (
+        open_cuda(variant, "vae", tensors, folder) as decoder,
+        open_cuda(variant, "vae_encoder", tensors, folder) as encoder,
+    ):
+        yield Opened(config.vae, tensors, decoder, encoder)
+
+
+@contextmanager
+def open_cuda(variant: Variant, network: str, tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[Component]:
+    from runtime.backends.cuda.engine import CudaBackend
+
+    stages = [in_precision(stage, Precision.BF16) for stage in network_stages(variant, network)]
+    files = {}
+    for fp32, stage in zip(network_stages(variant, network), stages, strict=True):
+        files[stage.name] = folder / f"{stage.name}.plan.json"
+        files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
+    weights = folder / f"{network}.safetensors"
+    write_weights(DictSource(tensors), pack_plan(stages, num_blocks=0), weights)
+    with (
+        CudaBackend(kernels_for_this_gpu()) as backend,
+        Component(backend, stages, files, WeightStore(weights, stages, backend, num_blocks=0)) as component,
+    ):
+        yield component
+
+
+def eager_chunks(opened: Opened, stages: tuple[StageSpec, ...], chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What the fp32 modules make of each chunk."""
+    modules, caches = eager_stages(opened.arch, stages, opened.tensors), list[torch.Tensor]()
+    for index, chunk in enumerate(chunks):
+        made, *caches = modules[min(index, 1)](chunk, *caches)
+        yield made
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
+def test_every_decoded_chunk_matches_the_fp32_modules(opened: Opened, size: tuple[int, int], record_property: Any) -> None:
+    latents = random_latents(opened.arch, 4, size)
+    own_scale = torch.from_numpy(unnormalise(latents.numpy(), opened.arch))
+    expected = eager_chunks(opened, vae_stages(opened.arch), [own_scale[:, i : i + 1] for i in range(latents.shape[1])])
+    for index, (ours, theirs) in enumerate(
+        zip(decode_stream(opened.decoder, latents.numpy(), opened.arch), expected, strict=True)
+    ):
+        error = relative_error(ours, theirs)
+        record_property(f"decoded chunk {index}", error)
+        assert error < TOLERANCES["vae, cuda bf16"]
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
+def test_encoded_latents_match_the_fp32_modules(opened: Opened, size: tuple[int, int], record_property: Any) -> None:
+    frames = random_frames(opened.arch, 3, size)
+    expected = torch.cat(list(eager_chunks(opened, vae_encoder_stages(opened.arch), frame_groups(frames, opened.arch))), dim=1)
+    error = relative_error(encode_stream(opened.encoder, frames.numpy(), opened.arch), normalise(expected.numpy(), opened.arch))
+    record_property("encoded", error)
+    assert error < TOLERANCES["vae, cuda bf16"]
+
+
+def test_decoding_twice_gives_the_same_bits(opened: Opened) -> None:
+    latents = random_latents(opened.arch, 3, (3, 5)).numpy()
+    once, twice = (np.concatenate(list(decode_stream(opened.decoder, latents, opened.arch)), axis=1) for _ in range(2))
+    np.testing.assert_array_equal(once, twice)
+
+
+def noise(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> Array:
+    values = torch.from_numpy(spread * np.random.default_rng(seed).standard_normal(shape)).bfloat16()
+    return values.double().numpy()
+
+
+def put(device: Device, values: Array) -> DeviceArray:
+    return device.from_host(torch.from_numpy(values).bfloat16().view(torch.uint16).numpy(), DType.BF16)
+
+
+def get(device: Device, array: DeviceArray) -> Array:
+    return torch.from_numpy(device.to_host(array)).view(torch.bfloat16).double().numpy()
+
+
+def assert_rounded(values: Array, expected: Array) -> None:
+    """Each value is `expected` rounded once to bf16, but for fp32 arithmetic before it."""
+    assert (np.abs(values - expected) <= 2.0**-8 * np.abs(expected) + SLACK * np.abs(expected).max()).all()
+
+
+def channel_norm(x: Array, gamma: Array, *, silu: bool) -> Array:
+    normed: Array = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) * np.sqrt(x.shape[-1]) * gamma
+    return normed / (1 + np.exp(-normed)) if silu else normed
+
+
+@pytest.mark.parametrize("channels", [8, 24, 96, 384, 1024])
+@pytest.mark.parametrize(("num_frames", "past_frames"), [(1, 2), (4, 2), (4, 1), (1, 1)])
+def test_norm_writes_the_window_and_leaves_its_end_as_the_past(
+    device: Device, kernels: VaeKernels, channels: int, num_frames: int, past_frames: int
+) -> None:
+    shape = (3, 5, channels)
+    x, past = noise((num_frames, *shape), 0, spread=5.0), noise((past_frames, *shape), 1)
+    x[0, 1, 2] = 0  # a position without length
+    gamma = np.random.default_rng(2).uniform(0.5, 1.5, channels).astype(np.float32)
+    out, kept = device.empty((past_frames + num_frames, *shape), DType.BF16), put(device, past)
+    kernels.channel_norm(put(device, x), out, gamma=device.from_host(gamma), past=kept, silu=True)
+    window = get(device, out)
+    np.testing.assert_array_equal(window[:past_frames], past)
+    assert_rounded(window[past_frames:], channel_norm(x, gamma, silu=True))
+    np.testing.assert_array_equal(get(device, kept), window[-past_frames:])
+
+
+def test_first_window_begins_with_zeros(device: Device, kernels: VaeKernels) -> None:
+    x = noise((1, 2, 3, 16), 0)
+    out, kept = device.empty((3, 2, 3, 16), DType.BF16), device.empty((2, 2, 3, 16), DType.BF16)
+    kernels.channel_norm(put(device, x), out, next_past=kept)
+    np.testing.assert_array_equal(get(device, out), np.concatenate([np.zeros((2, 2, 3, 16)), x]))
+    np.testing.assert_array_equal(get(device, kept), np.concatenate([np.zeros((1, 2, 3, 16)), x]))
+
+
+def test_norm_without_past_or_silu_keeps_its_frames(device: Device, kernels: VaeKernels) -> None:
+    x, gamma = noise((2, 3, 3, 40), 0), np.full(40, 1.5, np.float32)
+    out = device.empty(x.shape, DType.BF16)
+    kernels.channel_norm(put(device, x), out, gamma=device.from_host(gamma))
+    assert_rounded(get(device, out), channel_norm(x, gamma, silu=False))
+
+
+def test_upsampling_repeats_positions_and_interleaves_halves_of_the_channels(device: Device, kernels: VaeKernels) -> None:
+    x = noise((3, 2, 5, 48), 0)
+    halves = np.stack((x[..., :24], x[..., 24:]), axis=1).reshape(6, 2, 5, 24)
+    for expected, interleave in (
+        (x.repeat(2, axis=1).repeat(2, axis=2), False),
+        (halves, True),
+        (halves.repeat(2, axis=1).repeat(2, axis=2), True),
+    ):
+        out = device.empty(expected.shape, DType.BF16)
+        kernels.upsample(put(device, x), out, interleave=interleave)
+        np.testing.assert_array_equal(get(device, out), expected)
+
+
+def test_layouts_turn_and_pad_channels_with_zeros(device: Device, kernels: VaeKernels) -> None:
+    planes = noise((3, 2, 4, 5), 0)
+    rows = device.empty((2, 4, 5, 8), DType.BF16)
+    kernels.channels_last(device.from_host(planes.astype(np.float32)), rows)
+    expected = np.concatenate([planes.transpose(1, 2, 3, 0), np.zeros((2, 4, 5, 5))], axis=-1)
+    np.testing.assert_array_equal(get(device, rows), expected)
+    back = device.empty(planes.shape, DType.F32)
+    kernels.planes(rows, back)
+    np.testing.assert_array_equal(device.to_host(back), planes)
+    kernels.zeros(rows)
+    assert not get(device, rows).any()
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(1, 1, 8), (5, 7, 32), (33, 35, 384)])
+def test_frame_attention_is_softmax_over_all_positions(
+    device: Device, kernels: VaeKernels, height: int, width: int, channels: int
+) -> None:
+    qkv = noise((1, height, width, 3 * channels), 0, spread=1.5)
+    query, key, value = np.split(qkv.reshape(-1, 3 * channels), 3, axis=1)
+    scores = query @ key.T / np.sqrt(channels)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected = (weights / weights.sum(axis=1, keepdims=True)) @ value
+    out = device.empty((1, height, width, channels), DType.BF16)
+    kernels.frame_attention(put(device, qkv), out)
+    assert relative_error(get(device, out).reshape(-1, channels), expected) < TOLERANCES["frame attention, bf16"]

@@ -1,0 +1,298 @@
+"""Device memory as arithmetic: where arrays lie, what stays resident, what goes first, and what is refused before it begins."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.backends.cuda.arena import Arena, Pools, fit
+from runtime.backends.cuda.plan import PLAN_VERSION, Buffer, Plan, Step, StepKind
+from runtime.backends.cuda.rehearsal import rehearse
+from runtime.bundle import open_bundle
+from runtime.component import Component
+from runtime.errors import DeviceMemoryError, RequestError
+from runtime.memory import Layout, Need, parse_bytes, plan_memory
+from runtime.needs import generation_needs
+from runtime.opening import choose_target
+from runtime.request import GenerateRequest, resolve_request
+from runtime.residency import PAGE_BYTES, Ledger, Unit, UnitTensor, choose_residency, least_bytes, weight_units
+from runtime.specs import DType, Precision, StageSpec, TensorSpec
+from runtime.stages import network_components
+from runtime.stages.text_encoder import TOKEN_EMBEDDING
+from runtime.stages.transformer import transformer_stages
+from runtime.strict_json import encode
+from runtime.tiling import TileSpec
+from runtime.variants import TransformerArch
+from runtime.weights import map_safetensors
+from tests.conftest import RUN, Refuses, Toy
+
+MIB = 1 << 20
+ARCH = TransformerArch(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64)
+
+
+class Segments:
+    """A driver that hands out segments one after the other."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def take(self, nbytes: int) -> int:
+        self.taken.append(nbytes)
+        return (1 << 40) + sum(self.taken) - nbytes
+
+
+def test_a_range_goes_to_the_smallest_gap_that_holds_it() -> None:
+    arena = Arena(Segments().take, unit=512)
+    places = [arena.allocate(size * 512) for size in (4, 1, 2, 1, 3, 1)]
+    for index in (0, 2, 4):
+        arena.release(places[index])
+    assert arena.allocate(2 * 512) == places[2]
+    assert arena.allocate(2 * 512) == places[4]
+    assert arena.used_bytes == 7 * 512
+
+
+def test_neighbours_that_are_free_join_but_never_across_segments() -> None:
+    segments = Segments()
+    arena = Arena(segments.take, unit=512)
+    first, second = arena.allocate(PAGE_BYTES), arena.allocate(PAGE_BYTES)
+    assert second == first + PAGE_BYTES
+    arena.release(first)
+    arena.release(second)
+    arena.allocate(2 * PAGE_BYTES)
+    assert segments.taken == [PAGE_BYTES, PAGE_BYTES, 2 * PAGE_BYTES]
+    assert arena.pop_empty() == [first, second]
+
+
+def test_random_traffic_never_overlaps_and_leaves_one_gap() -> None:
+    segments, rng = Segments(), np.random.default_rng(0)
+    arena = Arena(segments.take, unit=512)
+    arena.large_bytes = 20 * 512
+    live: dict[int, int] = {}
+    for _ in range(500):
+        if live and rng.random() < 0.5:
+            start = list(live)[rng.integers(len(live))]
+            arena.release(start)
+            del live[start]
+        else:
+            nbytes = 512 * int(rng.integers(1, 40))
+            start = arena.allocate(nbytes)
+            assert all(start + nbytes <= other or other + size <= start for other, size in live.items())
+            live[start] = nbytes
+        assert arena.used_bytes == sum(live.values())
+    for start in live:
+        arena.release(start)
+    assert len(arena.pop_empty()) == len(segments.taken)
+
+
+def test_a_known_sequence_fits_the_segment_that_was_found_for_it() -> None:
+    changes: list[tuple[int, int]] = []
+    rehearsed = Pools(Segments().take, on_change=lambda nbytes, pointer: changes.append((nbytes, pointer)))
+
+    def work(pools: Pools) -> None:
+        kept = [pools.empty((size * MIB,), DType.F8_E4M3) for size in (2, 3)]
+        for _ in range(3):
+            wide = pools.empty((30 * MIB,), DType.F8_E4M3)
+            kept.append(pools.empty((7 * MIB,), DType.F8_E4M3))
+            del wide
+            deep = pools.empty((25 * MIB,), DType.F8_E4M3)
+            del kept[0], deep
+
+    work(rehearsed)
+    layout = fit(changes)
+    assert layout == Layout(nbytes=56 * MIB, large_bytes=15 * MIB)  # at most 7 + 7 + 30 + 7 at once; the rest is lost to gaps
+    segments = Segments()
+    pools = Pools(segments.take)
+    pools.reserve(layout)
+    work(pools)
+    assert segments.taken == [56 * MIB]
+
+
+@pytest.mark.parametrize(("consumed", "mib"), [((), 10), (("x",), 6)])
+def test_an_input_that_nobody_uses_afterwards_makes_room_within_its_stage(
+    tmp_path: Path, consumed: tuple[str, ...], mib: int
+) -> None:
+    rows = MIB // 16
+    stage = StageSpec(
+        name="vae.twice", inputs=(TensorSpec("x", (rows, 16)),), weights=(), outputs=(TensorSpec("wide", (rows, 16)),)
+    )
+    steps = (
+        Step(kind=StepKind.CONVERT, inputs={"x": "x"}, outputs={"out": "narrow"}, numbers={}),
+        Step(kind=StepKind.CONVERT, inputs={"x": "narrow"}, outputs={"out": "wide"}, numbers={}),
+    )
+    buffers = tuple(
+        Buffer(name=name, shape=(rows, 16), dtype=dtype) for name, dtype in (("narrow", DType.BF16), ("wide", DType.F32))
+    )
+    plan = Plan(version=PLAN_VERSION, stage=stage.name, buffers=buffers, views=(), steps=steps, outputs={"wide": "wide"})
+    (tmp_path / "plan.json").write_text(encode(plan))
+
+    def drive(component: Component) -> None:
+        x = np.zeros((rows, 16), np.float32)  # 4 MiB, and so is the output; between them lie 2
+        component.run(stage.name, {"x": component.backend.to_device(x)}, consumed=consumed)
+
+    layout = rehearse((stage,), {stage.name: tmp_path / "plan.json"}, drive, attention=Precision.BF16)
+    assert layout.nbytes == mib * MIB
+
+
+def test_units_are_blocks_and_stages_that_share_no_weight() -> None:
+    units = weight_units(transformer_stages(ARCH), num_blocks=3)
+    assert [(unit.name, unit.block, unit.per_prompt) for unit in units] == [
+        ("text_embedding", None, True),
+        *((f"blocks.{i}", i, True) for i in range(3)),
+        ("time_embedding", None, False),
+        ("patch_embedding", None, False),
+        ("head", None, False),
+        *((f"blocks.{i}", i, False) for i in range(3)),
+    ]
+    names = [tensor.name for unit in units for tensor in unit.tensors]
+    assert len(names) == len(set(names))
+    assert {"blocks.1.cross_attn.kv.weight", "blocks.1.modulation", "head.modulation"} <= set(names)
+    for unit in units:
+        assert all(tensor.offset % 256 == 0 for tensor in unit.tensors)
+        assert unit.nbytes >= sum(tensor.nbytes for tensor in unit.tensors)
+
+
+def test_stages_with_a_weight_in_common_are_one_unit() -> None:
+    weight, bias = TensorSpec("a.weight", (4, 4)), TensorSpec("a.bias", (4,))
+    first = StageSpec(name="vae.first", inputs=(), weights=(weight,), outputs=())
+    step = StageSpec(name="vae.step", inputs=(), weights=(weight, bias), outputs=())
+    (unit,) = weight_units((first, step), num_blocks=0)
+    assert unit.tensors == (UnitTensor("a.weight", (4, 4), DType.F32, 0), UnitTensor("a.bias", (4,), DType.F32, 256))
+
+
+def block(index: int, *, pages: int = 2, per_prompt: bool = False) -> Unit:
+    return Unit(name=f"blocks.{index}", tensors=(), nbytes=pages * PAGE_BYTES, block=index, per_prompt=per_prompt)
+
+
+FIXED = Unit(name="head", tensors=(), nbytes=PAGE_BYTES, block=None, per_prompt=False)
+UNITS = (*(block(i, pages=1, per_prompt=True) for i in range(4)), FIXED, *(block(i) for i in range(4)))  # 4·1 + 1 + 4·2 pages
+
+
+@pytest.mark.parametrize(
+    ("pages", "resident", "slot_pages"),
+    [
+        (13, {0, 1, 2, 3, 4, 5, 6, 7, 8}, 0),
+        (12, {3, 4, 5, 6, 7, 8}, 1),
+        (11, {4, 5, 6, 7, 8}, 1),
+        (10, {4, 6, 8}, 2),
+        (7, {4, 8}, 2),
+        (5, {4}, 2),
+    ],
+)
+def test_what_every_step_needs_stays_first_and_streamed_blocks_are_spread(
+    pages: int, resident: set[int], slot_pages: int
+) -> None:
+    residency = choose_residency(UNITS, pages * PAGE_BYTES)
+    assert (set(residency.resident), residency.slot_bytes) == (resident, slot_pages * PAGE_BYTES)
+    assert residency.device_bytes <= pages * PAGE_BYTES
+
+
+def test_the_least_room_is_what_cannot_stream_and_two_slots() -> None:
+    assert least_bytes(UNITS) == 5 * PAGE_BYTES
+    with pytest.raises(ValueError, match="less than the"):
+        choose_residency(UNITS, 5 * PAGE_BYTES - 1)
+
+
+def need(component: str, count: int, *, work: int = 0, network: str = "transformer") -> Need:
+    units = tuple(block(i, pages=1) for i in range(count))
+    return Need(network=network, component=component, units=units, layout=Layout(nbytes=work * PAGE_BYTES, large_bytes=None))
+
+
+ORDER = ("text", "high", "low", "vae")
+
+
+def test_what_is_needed_last_goes_first() -> None:
+    ledger = Ledger()
+    gone = []
+    for name, count in (("text", 3), ("high", 4), ("low", 4), ("vae", 1)):
+        units = need(name, count).units
+        residency = choose_residency(units, 9 * PAGE_BYTES)
+        gone += ledger.open(name, units, residency, room=9 * PAGE_BYTES, order=ORDER)
+    # low finds text and high: high's next use is farther away than text's, so two of its blocks go; vae then takes one of low's
+    assert gone == [("high", 3), ("high", 2), ("low", 3)]
+    assert ledger.total_bytes == 9 * PAGE_BYTES
+    units = need("high", 4).units
+    gone = ledger.open("high", units, choose_residency(units, 9 * PAGE_BYTES), room=9 * PAGE_BYTES, order=ORDER)
+    assert gone == [("text", 2), ("text", 1)]  # the second generation, text done: the next text is farthest away
+
+
+def test_two_experts_text_encoder_and_vae_share_one_budget() -> None:
+    needs = [need("text", 6), need("high", 8, work=4), need("low", 8, work=4), need("vae", 1, work=9, network="vae")]
+    fixed = 8 << 20
+    small = 4 * PAGE_BYTES  # what is added for arrays too small to plan
+    plan = plan_memory(needs, budget_bytes=fixed + small + 12 * PAGE_BYTES, fixed_bytes=fixed)
+    resident = {component.need.component: len(component.residency.resident) for component in plan.components}
+    assert resident == {"text": 6, "high": 8, "low": 8, "vae": 1}
+    assert plan.peak_bytes <= plan.budget_bytes
+    tight = plan_memory(needs, budget_bytes=fixed + small + 10 * PAGE_BYTES, fixed_bytes=fixed)
+    resident = {component.need.component: len(component.residency.resident) for component in tight.components}
+    assert resident == {"text": 6, "high": 4, "low": 4, "vae": 1}
+    assert tight.peak_bytes <= tight.budget_bytes
+
+
+def test_weights_that_lie_there_already_make_room_before_the_vae_starts() -> None:
+    needs = [need("high", 8), need("vae", 1, work=10, network="vae")]
+    plan = plan_memory(needs, budget_bytes=(4 + 12) * PAGE_BYTES, fixed_bytes=0)
+    assert plan.find("vae").peak_bytes == (4 + 12) * PAGE_BYTES  # 10 to work in, 1 of its own, 1 block that could stay
+    held = Ledger({"high": dict.fromkeys(range(8), PAGE_BYTES)})
+    assert plan_memory(needs, budget_bytes=(4 + 12) * PAGE_BYTES, fixed_bytes=0, held=held).peak_bytes == plan.peak_bytes
+
+
+def test_what_cannot_fit_even_streamed_is_refused_with_what_it_takes() -> None:
+    needs = [need("text", 2), need("vae", 1, work=100, network="vae")]
+    with pytest.raises(DeviceMemoryError, match=r"vae needs 210\.0 MiB of device memory, 208\.0 MiB to work in") as caught:
+        plan_memory(needs, budget_bytes=100 * MIB, fixed_bytes=0)
+    assert "--tile" in caught.value.hint and "--vram" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("12GiB", 12 << 30), ("1.5GiB", 3 << 29), ("8GB", 8 * 10**9), ("512MiB", 512 << 20)]
+)
+def test_sizes_of_memory_are_read_with_their_unit(text: str, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "12", "GiB", "12gib", "-1GiB", "0GiB", "nanGiB", "infGiB", "1e99GiB", "12 G", "1TiB"])
+def test_other_sizes_of_memory_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="is no size of memory"):
+        parse_bytes(text)
+
+
+def test_a_target_without_device_memory_refuses_a_budget_and_another_attention(
+    one_expert: Toy, tmp_path: Path, refuses: Refuses
+) -> None:
+    out = tmp_path / "a.npy"
+    refuses("run", one_expert.original, *RUN, "--out", out, "--vram", "4GiB", code=2, message="target cpu has no device memory")
+    refuses(
+        "run", one_expert.original, *RUN, "--out", out, "--attention", "fp8", code=2, message="attention in fp8: this target"
+    )
+    refuses("inspect", one_expert.original, "--vram", "4GiB", code=2, message="no target of this bundle has device memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_work_that_is_counted_is_what_the_drivers_do(two_experts: Toy) -> None:
+    bundle = open_bundle(two_experts.original)
+    opener = choose_target(bundle, target="cpu", num_threads=1)
+    video = np.zeros((17, 32, 48, 3), np.uint8)
+    request = GenerateRequest(prompt="a cat", width=48, height=32, num_frames=17, video=video, tile=TileSpec.square(16, 16))
+    job = resolve_request(request, bundle.manifest, sizes=None)
+    driven = []
+
+    def rehearse(stages: Any, engines: Any, drive: Callable[[Component], object], attention: Precision) -> Layout:
+        network = stages[0].network
+        component = network_components(bundle.manifest.variant, network)[0]
+        with opener.network(network, component) as (opened, _):
+            drive(opened)
+        driven.append(network)
+        return Layout(nbytes=0, large_bytes=None)
+
+    needs = generation_needs(opener, job, rehearse)
+    assert driven == ["text_encoder", "vae_encoder", "transformer", "vae"]
+    assert [need.component for need in needs] == [
+        "text_encoder", "vae_encoder", "transformer_high_noise", "transformer_low_noise", "vae",
+    ]  # fmt: skip
+    for need in needs:
+        stored = map_safetensors(bundle.file(bundle.manifest.weights["fp32"][need.component].file))
+        listed = {tensor.name for unit in need.units for tensor in unit.tensors}
+        assert listed == stored.keys() - {TOKEN_EMBEDDING}

@@ -1,0 +1,241 @@
+"""Weights within a budget on a fake GPU: what is computed with is what was asked for, however the two streams run against each other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from runtime.backends.base import Array, StoredWeights
+from runtime.backends.cuda import loading
+from runtime.backends.cuda.copies import CopyStream
+from runtime.backends.cuda.engine import CudaBackend
+from runtime.backends.cuda.session import CudaSession
+from runtime.errors import BundleError, DeviceMemoryError
+from runtime.memory import LIBRARY_BYTES, SMALL_BYTES, Layout, Need
+from runtime.residency import PAGE_BYTES, weight_units
+from runtime.specs import DType, Precision, StageSpec, TensorSpec
+from tests.fake_gpu import FakeGpu
+
+BLOCKS = 6
+ROWS = 3 * PAGE_BYTES // 2 // 4 // 8  # of 8 floats: a block takes two pages
+
+
+def stage(name: str, *weights: str, per_block: bool = False, per_prompt: bool = False) -> StageSpec:
+    tensors = tuple(TensorSpec(f"{weight}.weight", (ROWS if per_block else 4, 8)) for weight in weights)
+    return StageSpec(
+        name=f"transformer.{name}", inputs=(), weights=tensors, outputs=(), per_block=per_block, per_prompt=per_prompt
+    )
+
+
+TEXT, EMBED, BLOCK, HEAD = (
+    stage("text", "kv", per_block=True, per_prompt=True),
+    stage("embed", "embed"),
+    stage("block", "qkv", per_block=True),
+    stage("head", "head"),
+)
+STAGES = (TEXT, EMBED, BLOCK, HEAD)
+UNITS = weight_units(STAGES, num_blocks=BLOCKS)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Weights of two experts: every tensor holds its own number."""
+    paths = {}
+    for expert in ("high", "low"):
+        names = [tensor.name for unit in UNITS for tensor in unit.tensors]
+        tensors = {name: np.full(shape_of(name), 100 * (expert == "low") + i, np.float32) for i, name in enumerate(names)}
+        paths[expert] = tmp_path / f"{expert}.safetensors"
+        save_file(tensors, paths[expert])
+    return paths
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    return (ROWS if "blocks" in name else 4, 8)
+
+
+@contextmanager
+def open_session(gpu: FakeGpu, **options: Any) -> Iterator[CudaSession]:
+    session = CudaSession(cast(CudaBackend, gpu), cast(CopyStream, gpu), **options)
+    try:
+        yield session
+    finally:
+        session.close()
+        assert gpu.closed
+
+
+def needs(*components: str, work: int = 1) -> list[Need]:
+    layout = Layout(nbytes=work * PAGE_BYTES, large_bytes=None)
+    return [Need(network="transformer", component=name, units=UNITS, layout=layout) for name in components]
+
+
+def budget(pages: int, work: int = 1) -> int:
+    return LIBRARY_BYTES + SMALL_BYTES + (pages + work) * PAGE_BYTES
+
+
+def use(gpu: FakeGpu, weights: StoredWeights, stage: StageSpec, block: int | None = None) -> None:
+    for name, array in weights.stage_weights(stage, block).items():
+        gpu.compute(array, weights.host_tensor(stage.weight_name(name, block)))
+
+
+def generate(gpu: FakeGpu, weights: StoredWeights, *, steps: int = 3) -> None:
+    """The order in which a generation asks: two prompts, then step after step with both prompts going through each block."""
+    for _ in range(2):
+        for block in range(BLOCKS):
+            use(gpu, weights, TEXT, block)
+    for _ in range(steps):
+        use(gpu, weights, EMBED)
+        for block in range(BLOCKS):
+            use(gpu, weights, BLOCK, block)
+            use(gpu, weights, BLOCK, block)
+        use(gpu, weights, HEAD)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("host_bytes", [1 << 40, 0], ids=["page-locked", "staged"])
+@pytest.mark.parametrize("pages", [6, 17, 40])
+def test_computing_never_sees_another_units_weights(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, pages: int, host_bytes: int, seed: int
+) -> None:
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 1 << 20)
+    gpu = FakeGpu(seed=seed)
+    with open_session(gpu, vram=budget(pages), available_host_bytes=lambda: host_bytes) as session:
+        for _ in range(2):
+            session.prepare(needs("high", "low"), attention=Precision.BF16)
+            for component, file in files.items():
+                with session.weights(component, file, STAGES, num_blocks=BLOCKS) as weights:
+                    generate(gpu, weights)
+                    gpu.finish()
+        use_of_memory = session.memory_use()
+        assert use_of_memory is not None
+        assert use_of_memory.peak_bytes + LIBRARY_BYTES + SMALL_BYTES <= use_of_memory.predicted_peak_bytes <= budget(pages)
+        assert use_of_memory.staged == (("high", "low") if not host_bytes and pages < 26 else ())
+
+
+def test_resident_units_are_copied_once_and_streamed_ones_once_a_step(files: dict[str, Path]) -> None:
+    gpu = FakeGpu()
+    with open_session(gpu, vram=budget(2 + 4 + 3 * 2), available_host_bytes=lambda: 1 << 40) as session:
+        session.prepare(needs("high"), attention=Precision.BF16)
+        with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+            generate(gpu, weights, steps=4)
+            gpu.finish()
+            blocks = [size for size in gpu.copied if size > PAGE_BYTES // 2]
+            # 6 text blocks for each of two prompts and perhaps two fetched in vain; 3 resident blocks; 3 streamed ones in each of 4
+            # steps and the next two ahead
+            assert 12 + 3 + 12 <= len(blocks) <= 12 + 2 + 3 + 12 + 2
+
+
+def test_a_second_generation_copies_nothing_where_everything_fits(files: dict[str, Path]) -> None:
+    gpu = FakeGpu()
+    with open_session(gpu, available_host_bytes=lambda: 0) as session:
+        for _ in range(2):
+            session.prepare(needs("high", "low"), attention=Precision.BF16)
+            for component, file in files.items():
+                with session.weights(component, file, STAGES, num_blocks=BLOCKS) as weights:
+                    generate(gpu, weights)
+                    gpu.finish()
+        assert sum(gpu.copied) == 2 * sum(unit.nbytes for unit in UNITS)
+
+
+def test_a_smaller_budget_counts_from_the_beginning_of_the_next_generation(files: dict[str, Path]) -> None:
+    gpu = FakeGpu()
+    with open_session(gpu, available_host_bytes=lambda: 0) as session:
+        for session.vram in (None, budget(9)):
+            session.prepare(needs("high"), attention=Precision.BF16)
+            with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+                generate(gpu, weights, steps=1)
+                gpu.finish()
+        memory_use = session.memory_use()
+        assert memory_use is not None and memory_use.peak_bytes <= memory_use.predicted_peak_bytes <= budget(9)
+
+
+def test_earlier_weights_are_released_before_the_next_components_memory_is_taken(files: dict[str, Path]) -> None:
+    gpu = FakeGpu()
+    plan = [*needs("high"), *needs("low", work=20)]
+    with open_session(gpu, vram=budget(26 + 4), available_host_bytes=lambda: 1 << 40) as session:
+        session.prepare(plan, attention=Precision.BF16)
+        for component, file in files.items():
+            with session.weights(component, file, STAGES, num_blocks=BLOCKS) as weights:
+                generate(gpu, weights, steps=1)
+                gpu.finish()
+        reserved = gpu.log.index(f"reserve {20 * PAGE_BYTES}")
+        assert (
+            gpu.log[:reserved].count(f"free {2 * PAGE_BYTES}") == 12
+        )  # all of high's blocks, so that the rest fits beside 20 pages
+        assert gpu.peak_bytes <= budget(26 + 4)
+
+
+class Broken:
+    """A file that cannot be read any more."""
+
+    def tensor(self, name: str) -> Array:
+        raise BundleError(f"{name}: the disk is gone", hint="look at it")
+
+
+@pytest.mark.parametrize("host_bytes", [1 << 40, 0], ids=["page-locked", "staged"])
+def test_a_file_that_fails_while_streaming_is_an_error_where_it_is_needed(files: dict[str, Path], host_bytes: int) -> None:
+    gpu = FakeGpu()
+    with open_session(gpu, vram=budget(9), available_host_bytes=lambda: host_bytes) as session:
+        session.prepare(needs("high"), attention=Precision.BF16)
+        with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+            session._stores["high"].source = Broken()
+            with pytest.raises(BundleError, match="the disk is gone"):
+                generate(gpu, weights)
+
+
+def test_an_interrupted_step_ends_threads_and_leaves_nothing_behind(files: dict[str, Path]) -> None:
+    gpu = FakeGpu()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_session(gpu, vram=budget(9), available_host_bytes=lambda: 1 << 40) as session,
+        session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights,
+    ):
+        loader = session._loader
+        use(gpu, weights, EMBED)
+        use(gpu, weights, BLOCK, 0)
+        raise KeyboardInterrupt
+    assert not loader._thread.is_alive()
+
+
+def test_memory_that_others_hold_is_refused_before_anything_is_read() -> None:
+    gpu = FakeGpu(total_bytes=budget(40))
+    gpu.memory_of[0] = np.zeros(30 * PAGE_BYTES, np.uint8)
+    with open_session(FakeGpu(total_bytes=budget(9)), vram=budget(20)) as session:
+        with pytest.raises(DeviceMemoryError, match="a budget of") as caught:
+            session.prepare(needs("high"), attention=Precision.BF16)
+        assert "--vram" in caught.value.hint
+
+
+def test_a_component_that_finds_no_memory_is_forgotten_and_can_be_opened_later(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu()
+    with open_session(gpu, available_host_bytes=lambda: 0) as session:
+        session.prepare(needs("high"), attention=Precision.BF16)
+        calls: list[int] = []
+        slab = gpu.slab
+
+        def failing(nbytes: int) -> Any:
+            calls.append(nbytes)
+            if len(calls) == 5:
+                raise DeviceMemoryError("taken meanwhile")
+            return slab(nbytes)
+
+        monkeypatch.setattr(gpu, "slab", failing)
+        with pytest.raises(DeviceMemoryError), session.weights("high", files["high"], STAGES, num_blocks=BLOCKS):
+            raise AssertionError("opened")
+        assert not gpu.memory_of
+        with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+            generate(gpu, weights, steps=1)
+            gpu.finish()
+
+
+def test_a_dtype_travels_as_its_bits(files: dict[str, Path]) -> None:
+    with open_session(FakeGpu(), available_host_bytes=lambda: 0) as session:
+        session.prepare(needs("high"), attention=Precision.BF16)
+        with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+            (array,) = weights.stage_weights(BLOCK, 3).values()
+            assert (array.shape, array.dtype, array.row_stride) == ((ROWS, 8), DType.F32, 8)
