@@ -123,7 +123,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
     _result(json.dumps(result, indent=1) if arguments.json else result["table"])
     if failures := result.get("failures"):
         name, reason = next(iter(failures.items()))
-        raise WanError(f"{len(failures)} of the measurements failed, the first: {name}: {reason}")
+        raise WanError(
+            f"{len(failures)} of the measurements failed, the first: {name}: {reason}",
+            hint="the others are whole; what failed is under `failures` in the JSON",
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -264,7 +267,8 @@ def _toy_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _gpu_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.gpu_suites import GpuRequest, run_gpu_benchmark
+    from benchmarks.gpu_run import run_gpu_benchmark
+    from benchmarks.gpu_suites import GpuRequest
     from runtime.specs import Precision
 
     _refuse_options(arguments, "pairs", "readme")

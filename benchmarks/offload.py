@@ -75,7 +75,7 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
             for attention in attentions(bundle, options.attention):
                 need = bench.need(attention)
                 for budget in (*budgets, None):
-                    yield _peer(budget), partial(bench.measure, budget, need, attention)
+                    yield f"attention {attention}, {_peer(budget)}", partial(bench.measure, budget, need, attention)
 
 
 def with_shares(results: list[Result]) -> list[Result]:

@@ -1,25 +1,24 @@
 """The VAE of both peers at full size, with the same random weights: diffusers' network, and ours opened on the `cuda` target."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from engines.targets.cuda.lower import lower_stage
-from export import graphs
-from runtime.backends.cuda.device import DeviceArray
+from benchmarks.gpu import cuda_engines, cuda_kernels
+from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.backends.cuda.engine import CudaBackend
+from runtime.backends.cuda.plan import Plan
 from runtime.backends.cuda.rehearsal import rehearse
+from runtime.bundle import Bundle
 from runtime.component import Component
-from runtime.precision import in_precision
+from runtime.errors import EngineError
+from runtime.geometry import Float32, VideoSize
 from runtime.specs import DType, Precision, StageSpec, resolve
-from runtime.stages import network_stages
-from runtime.strict_json import encode
+from runtime.strict_json import decode
 from runtime.variants import VaeArch, Variant
 
 
@@ -88,50 +87,64 @@ def diffusers_config(arch: VaeArch) -> dict[str, Any]:
 
 @contextmanager
 def open_ours(
-    variant: Variant,
-    network: str,
-    tensors: Mapping[str, torch.Tensor],
-    kernels: bytes,
-    drive: Callable[[Component], object] | None = None,
-) -> Iterator[Component]:
-    """A network of the `cuda` target, its plans made on the spot; memory is laid out for what `drive` does with it."""
-    with tempfile.TemporaryDirectory() as folder, CudaBackend({gpu_arch(): kernels}) as backend:
-        stages, files = [], {}
-        for fp32 in network_stages(variant, network):
-            stages.append(in_precision(fp32, Precision.BF16))
-            files[fp32.name] = Path(folder) / f"{fp32.name}.plan.json"
-            files[fp32.name].write_text(encode(lower_stage(graphs.stage_graph(variant, fp32), stages[-1])), encoding="utf-8")
-        if drive is not None:
-            backend.device.reserve(rehearse(tuple(stages), files, drive, attention=Precision.BF16))
+    bundle: Bundle, network: str, tensors: Mapping[str, torch.Tensor], drive: Callable[[Component], object]
+) -> Iterator[tuple[Component, Device]]:
+    """A network of the `cuda` target; memory is laid out for what `drive` does with it."""
+    stages, files = cuda_engines(bundle, network)
+    with CudaBackend(cuda_kernels(bundle)) as backend:
+        backend.device.reserve(rehearse(stages, files, drive, attention=Precision.BF16))
         with Component(backend, stages, files, BoundWeights(tensors)) as component:
-            yield component
+            yield component, backend.device
 
 
-def weights_bytes(variant: Variant, network: str) -> int:
+@contextmanager
+def open_diffusers(
+    network: Any, data: Float32, work: str, *, compiled: bool
+) -> Iterator[tuple[Callable[[], None], Callable[[], Float32]]]:
+    """What leaves diffusers' result on the device, and what brings it to the host.
+
+    Args:
+        data: latents, not normalised, to decode, or frames to encode.
+    """
+    given = torch.from_numpy(data).to("cuda", torch.bfloat16)[None]
+    parts = {name: getattr(network, name) for name in ("decoder", "encoder")}
+
+    def compute() -> torch.Tensor:
+        with torch.no_grad():
+            return network.decode(given).sample if work == "decode" else network.encode(given).latent_dist.mean  # type: ignore[no-any-return]
+
+    def run() -> None:
+        compute()
+        torch.cuda.synchronize()
+
+    try:
+        for name, part in parts.items() if compiled else ():
+            setattr(network, name, torch.compile(part))
+        yield run, lambda: compute()[0].float().cpu().numpy()
+    finally:
+        for name, part in parts.items():
+            setattr(network, name, part)
+
+
+def weights_bytes(bundle: Bundle, network: str) -> int:
     """Bytes of a network's weights on the device."""
-    weights = {w.name: w for stage in network_stages(variant, network) for w in in_precision(stage, Precision.BF16).weights}
+    weights = {weight.name: weight for stage in cuda_engines(bundle, network)[0] for weight in stage.weights}
     return sum(int(np.prod([int(axis) for axis in w.shape])) * w.dtype.itemsize for w in weights.values())
 
 
-def count_tflop(variant: Variant, network: str, *, width: int, height: int, num_frames: int) -> float:
+def count_tflop(bundle: Bundle, network: str, size: VideoSize) -> float:
     """Floating-point operations of the convolutions of a whole video, 2 per multiply-add, counted from the plans."""
-    stride = variant.vae.spatial_stride
-    extents = {"height": height // stride, "width": width // stride}
-    steps = (num_frames - 1) // variant.vae.temporal_stride
+    arch = bundle.manifest.variant.vae
+    extents = {"height": size.height // arch.spatial_stride, "width": size.width // arch.spatial_stride}
+    steps = (size.num_frames - 1) // arch.temporal_stride
     total = 0.0
-    for repeats, fp32 in zip((1, steps), network_stages(variant, network), strict=True):
-        stage = in_precision(fp32, Precision.BF16)
-        plan = lower_stage(graphs.stage_graph(variant, fp32), stage)
-        shapes = {b.name: [resolve(axis, extents) for axis in b.shape] for b in plan.buffers}
-        weights = {w.name: w.shape for w in stage.weights}
+    stages, files = cuda_engines(bundle, network)
+    for repeats, stage in zip((1, steps), stages, strict=True):
+        plan = decode(Plan, files[stage.name].read_text(encoding="utf-8"), error=EngineError)
+        shapes = {buffer.name: [resolve(axis, extents) for axis in buffer.shape] for buffer in plan.buffers}
+        weights = {weight.name: weight.shape for weight in stage.weights}
         for step in plan.steps:
             if step.kind == "convolution":
                 kernel = [int(axis) for axis in weights[step.inputs["weight"]]]
                 total += repeats * 2.0 * float(np.prod(shapes[step.outputs["out"]])) * float(np.prod(kernel[1:]))
     return total / 1e12
-
-
-def gpu_arch() -> str:
-    """The GPU's architecture, as compilers spell it."""
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from export.trace import TORCH_DTYPES
 from runtime.errors import ExportError
-from runtime.precision import FP8_MAX, in_precision, weight_of_scales
+from runtime.precision import CHANNEL_MULTIPLE, FP8_MAX, in_precision, weight_of_scales
 from runtime.specs import DType, Precision, StageSpec
 from runtime.stages import network_blocks, network_stages
 from runtime.stages.text_encoder import TOKEN_EMBEDDING
@@ -173,8 +173,9 @@ def _channels_last(source: PackSource, packed: PackedTensor) -> memoryview:
     values = source.read(name).to(torch.float32)
     if values.ndim > 1:
         values = values.movedim(1, -1)
-    margins = [wanted - given for given, wanted in zip(values.shape, packed.shape, strict=True)]
-    if min(margins) < 0 or any(margins[1:-1]) or not torch.isfinite(values).all():
+    margins = [wanted - given for given, wanted in zip(values.shape, packed.shape, strict=False)]
+    fits = values.ndim == len(packed.shape) and not any(margins[1:-1]) and all(0 <= m < CHANNEL_MULTIPLE for m in margins)
+    if not fits or not torch.isfinite(values).all():
         raise ExportError(
             f"{name}: the checkpoint has {list(source.shape(name))}, the engines want {list(packed.shape)}, and finite values"
         )

@@ -108,6 +108,7 @@ def denoise(
                             latents=latents,
                         )
                     )
+            del transformer, prompts, image  # what they hold of the device's memory must be free before the next expert takes its own
     return latents
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from runtime.specs import Axis, DType, Precision, StageSpec, TensorSpec
 
-_CHANNEL_MULTIPLE = 8
+CHANNEL_MULTIPLE = 8
 FP8_MAX = 448.0
 """Largest E4M3 number; a row's scale maps its largest magnitude there."""
 
@@ -157,4 +157,4 @@ def _weight(weight: TensorSpec, rules: _Rules, *, fp8: bool) -> tuple[TensorSpec
 
 def _padded(channels: Axis) -> int:
     assert isinstance(channels, int), channels
-    return -(-channels // _CHANNEL_MULTIPLE) * _CHANNEL_MULTIPLE
+    return -(-channels // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE

@@ -23,7 +23,10 @@ from runtime.version import VERSION
 
 T = TypeVar("T")
 _END = object()
-_DISTRIBUTIONS = ("numpy", "onnxruntime", "tokenizers", "av", "ftfy", "pillow")
+_DISTRIBUTIONS = (
+    *("numpy", "onnxruntime", "tokenizers", "av", "ftfy", "pillow"),
+    *("cuda-bindings", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cudnn-frontend", "nvmath-python"),
+)
 
 
 @dataclass(slots=True)

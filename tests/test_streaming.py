@@ -14,7 +14,7 @@ from runtime.backends.cuda import loading
 from runtime.backends.cuda.copies import CopyStream
 from runtime.backends.cuda.engine import CudaBackend
 from runtime.backends.cuda.session import CudaSession
-from runtime.errors import BundleError, DeviceMemoryError
+from runtime.errors import BundleError, CudaError, DeviceMemoryError
 from runtime.memory import LIBRARY_BYTES, SMALL_BYTES, Layout, Need
 from runtime.residency import PAGE_BYTES, weight_units
 from runtime.specs import DType, Precision, StageSpec, TensorSpec
@@ -188,21 +188,54 @@ def test_a_file_that_fails_while_streaming_is_an_error_where_it_is_needed(files:
 
 def test_an_interrupted_step_ends_threads_and_leaves_nothing_behind(files: dict[str, Path]) -> None:
     gpu = FakeGpu()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        open_session(gpu, vram=budget(9), available_host_bytes=lambda: 1 << 40) as session,
-        session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights,
-    ):
+    with open_session(gpu, vram=budget(9), available_host_bytes=lambda: 1 << 40) as session:
         loader = session._loader
-        use(gpu, weights, EMBED)
-        use(gpu, weights, BLOCK, 0)
-        raise KeyboardInterrupt
+        resident = session.prepare(needs("high"), attention=Precision.BF16).find("high").residency.resident_bytes
+        with pytest.raises(KeyboardInterrupt):
+            with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+                use(gpu, weights, EMBED)
+                use(gpu, weights, BLOCK, 0)
+                raise KeyboardInterrupt
+        assert sum(map(len, gpu.memory_of.values())) == resident  # the slots are gone
     assert not loader._thread.is_alive()
 
 
+def test_a_lost_device_still_gets_its_slots_back_and_says_what_failed_first(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu()
+
+    def lost() -> tuple[int, int]:
+        raise CudaError("cuMemGetInfo failed with 700")
+
+    with open_session(gpu, vram=budget(9), available_host_bytes=lambda: 0) as session:
+        resident = session.prepare(needs("high"), attention=Precision.BF16).find("high").residency.resident_bytes
+        with pytest.raises(CudaError, match="cuStreamSynchronize"):
+            with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS):
+                monkeypatch.setattr(gpu, "memory", lost)
+                raise CudaError("cuStreamSynchronize failed with 700")
+        assert sum(map(len, gpu.memory_of.values())) == resident
+
+
+def test_page_locked_memory_of_other_components_goes_where_this_one_streams_other_units(files: dict[str, Path]) -> None:
+    gpu, available = FakeGpu(), 1 << 40
+    with open_session(gpu, available_host_bytes=lambda: available) as session:
+        session.vram = budget(26 - 4)
+        session.prepare(needs("high", "low"), attention=Precision.BF16)
+        for component in ("low", "high"):
+            with session.weights(component, files[component], STAGES, num_blocks=BLOCKS) as weights:
+                use(gpu, weights, TEXT, 0)
+                gpu.finish()
+        before = len(gpu.page_locked_bytes)
+        assert session._stores["low"].pinned and session._stores["high"].pinned
+        session.vram, available = budget(9), 0
+        session.prepare(needs("high"), attention=Precision.BF16)
+        with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS):
+            assert not session._stores["low"].pinned
+        assert len(gpu.page_locked_bytes) < before
+
+
 def test_memory_that_others_hold_is_refused_before_anything_is_read() -> None:
-    gpu = FakeGpu(total_bytes=budget(40))
-    gpu.memory_of[0] = np.zeros(30 * PAGE_BYTES, np.uint8)
     with open_session(FakeGpu(total_bytes=budget(9)), vram=budget(20)) as session:
         with pytest.raises(DeviceMemoryError, match="a budget of") as caught:
             session.prepare(needs("high"), attention=Precision.BF16)

@@ -6,6 +6,7 @@ Arrays are as in `runtime.backends.cuda.kernels`: matrices with any `row_stride`
 from runtime.backends.cuda import launch
 from runtime.backends.cuda.array import Unit
 from runtime.backends.cuda.device import Device, DeviceArray, check
+from runtime.errors import EngineError
 from runtime.specs import DType
 
 _SPREAD_BLOCKS = 1056  # eight for each of an H200's multiprocessors, as many as fit at once
@@ -91,6 +92,8 @@ class AttentionKernels:
     ) -> None:
         num_rows, num_columns = x.shape
         groups = -(-num_columns // (launch.COLUMNS_PER_VECTOR * _SPREAD_THREADS))
+        if groups > _SPREAD_BLOCKS:
+            raise EngineError(f"the mean of {num_columns} columns at once is more than there is room for")
         num_parts = max(1, min(_SPREAD_BLOCKS // groups, num_rows // 8))
         partial, scale_pointer = self._partial.pointer, None if scale is None else scale.pointer
         self._module.launch(

@@ -166,7 +166,7 @@ def _problem(
     steps = (strides[0], strides[1], strides[1])
     extents = tuple((extent - size) // step + 1 for extent, size, step in zip(padded, window, steps, strict=True))
     fits = out.shape == (*extents, weight.shape[0]) and weight.shape[-1] == x.shape[3] and bias.shape == weight.shape[:1]
-    fits = fits and (residual is None or residual.shape == out.shape)
+    fits = fits and (residual is None or residual.shape == out.shape) and (window[0] > 1 or strides[0] == 1)
     if not fits or any(array.dtype is not DType.BF16 or not array.is_contiguous for array in arrays.values()):
         given = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
         raise EngineError(f"{problem}: {given} do not fit")

@@ -28,6 +28,7 @@ class CopyStream:
         self._stream = int(check("cuStreamCreate", driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)))
         self._events: list[Event] = []
         self._page_locked: dict[int, int] = {}  # address → bytes
+        self._closed = False
 
     def use_here(self) -> None:
         """Bind the calling thread to the device; every thread but the one that opened it needs this first."""
@@ -90,6 +91,9 @@ class CopyStream:
 
     def close(self) -> None:
         """Release everything. The device may be in any state, so nothing is raised here."""
+        if self._closed:
+            return
+        self._closed = True
         self._driver.cuStreamSynchronize(self._stream)
         for event in self._events:
             self._driver.cuEventDestroy(event)

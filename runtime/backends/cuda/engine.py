@@ -1,6 +1,6 @@
 """The `cuda` target: plans executed on one stream by compiled kernels, cuBLASLt and cuDNN. A tensor is a `DeviceArray`."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,13 @@ from runtime.backends.cuda.convolution import Convolution, fuses_residual
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.backends.cuda.kernels import Kernels
 from runtime.backends.cuda.linear import Linear
-from runtime.backends.cuda.plan import PLAN_VERSION, Buffer, Plan, Step, StepKind, View
+from runtime.backends.cuda.plan import COUNTS, FLAGS, PLAN_VERSION, Buffer, Plan, Step, StepKind, View
+from runtime.backends.cuda.plan_checks import REBUILD, check_plan, view_roots
 from runtime.backends.cuda.self_attention import SelfAttention
 from runtime.backends.cuda.text_kernels import TextKernels
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.errors import EngineError
-from runtime.specs import DType, Precision, StageSpec, TensorSpec, match_shapes, resolve
-
-_REBUILD = "rebuild the bundle with `wanrt build-engines --target cuda`"
+from runtime.specs import DType, Precision, StageSpec, match_shapes, resolve
 
 
 class CudaEngine:
@@ -35,38 +34,46 @@ class CudaEngine:
         self._plan, self._stage, self._backend = plan, stage, backend
         self._buffers = {buffer.name: buffer for buffer in plan.buffers}
         self._views = {view.name: view for view in plan.views}
+        self._roots = view_roots(plan)
         self._dropped = self._last_uses()
 
     def run(self, tensors: Mapping[str, DeviceArray], *, consumed: Collection[str] = ()) -> dict[str, DeviceArray]:
         extents = match_shapes(self._stage, {tensor.name: tensors[tensor.name].shape for tensor in self._stage.inputs})
         arrays = dict(tensors)
-        for step, dropped in zip(self._plan.steps, self._dropped, strict=True):
-            for name in step.outputs.values():
-                if name in arrays:
-                    continue  # written in parts, by several steps
-                buffer = self._buffers[name]
-                shape = tuple(resolve(axis, extents) for axis in buffer.shape)
-                arrays[name] = self._backend.allocate(shape, buffer)
-            given = {argument: self._array(arrays, name) for argument, name in step.inputs.items()}
-            made = self._backend.execute(step, given, {argument: arrays[name] for argument, name in step.outputs.items()})
-            arrays |= {step.outputs[argument]: array for argument, array in made.items()}
-            given.clear()  # what is dropped must be free before the next step's arrays are made
-            for name in dropped:
-                if name in self._buffers:
-                    arrays.pop(name, None)
-                elif name in consumed:
-                    arrays[name].free()
-        return {name: self._array(arrays, array) for name, array in self._plan.outputs.items()}
+        try:
+            for step, dropped in zip(self._plan.steps, self._dropped, strict=True):
+                self._run_step(step, arrays, extents)
+                for name in dropped:
+                    if name in self._buffers:
+                        arrays.pop(name, None)
+                    elif name in consumed:
+                        arrays[name].free()
+            return {name: self._array(arrays, array) for name, array in self._plan.outputs.items()}
+        except (ValueError, TypeError, LookupError, ArithmeticError) as exc:  # a plan is a file, which may ask for anything
+            raise EngineError(f"{self._stage.name}: the plan's arrays do not fit its steps: {exc}", hint=REBUILD) from exc
 
     def close(self) -> None:
         """Nothing is held between runs."""
 
-    def _array(self, arrays: dict[str, DeviceArray], name: str) -> DeviceArray:
-        view = self._views.get(name)
-        if view is None:
-            return arrays[name]
-        source = self._array(arrays, view.source)
-        return (source.rows if view.axis == 0 else source.columns)(view.start, view.stop)
+    def _run_step(self, step: Step, arrays: dict[str, DeviceArray], extents: Mapping[str, int]) -> None:
+        for name in step.outputs.values():
+            if name in arrays:
+                continue  # written in parts, by several steps
+            buffer = self._buffers[name]
+            arrays[name] = self._backend.allocate(tuple(resolve(axis, extents) for axis in buffer.shape), buffer)
+        given = {argument: self._array(arrays, name) for argument, name in step.inputs.items()}
+        made = self._backend.execute(step, given, {argument: arrays[name] for argument, name in step.outputs.items()})
+        arrays |= {step.outputs[argument]: array for argument, array in made.items()}
+
+    def _array(self, arrays: Mapping[str, DeviceArray], name: str) -> DeviceArray:
+        views: list[View] = []
+        while (view := self._views.get(name)) is not None:
+            views.append(view)
+            name = view.source
+        array = arrays[name]
+        for view in reversed(views):
+            array = (array.rows if view.axis == 0 else array.columns)(view.start, view.stop)
+        return array
 
     def _last_uses(self) -> list[list[str]]:
         """After each step, the buffers and inputs that nothing reads any more."""
@@ -79,8 +86,7 @@ class CudaEngine:
         return dropped[::-1]
 
     def _root(self, name: str) -> str:
-        view: View | None = self._views.get(name)
-        return name if view is None else self._root(view.source)
+        return self._roots.get(name, name)
 
 
 class Libraries:
@@ -178,9 +184,9 @@ class CudaBackend:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
-            raise EngineError(f"{stage.name}: {path.name} cannot be read: {exc}", hint=_REBUILD) from exc
+            raise EngineError(f"{stage.name}: {path.name} cannot be read: {exc}", hint=REBUILD) from exc
         plan = strict_json.decode(
-            Plan, text, error=lambda message: EngineError(f"{stage.name}: {path.name}: {message}", hint=_REBUILD)
+            Plan, text, error=lambda message: EngineError(f"{stage.name}: {path.name}: {message}", hint=REBUILD)
         )
         if plan.version != PLAN_VERSION or plan.stage != stage.name:
             raise EngineError(
@@ -188,7 +194,7 @@ class CudaBackend:
             )
         if self.attention is Precision.FP8 and plan.fp8_attention is not None:
             plan = plan.fp8_attention
-        _check_names(plan, (*stage.inputs, *stage.weights), stage)
+        check_plan(plan, stage)
         return CudaEngine(plan, stage, self)
 
     def to_device(self, array: Array, dtype: DType | None = None) -> DeviceArray:
@@ -213,8 +219,10 @@ class CudaBackend:
 
     def close(self) -> None:
         """Release libraries, kernels and all memory of the device."""
-        self._libraries.close()
-        self.device.close()
+        try:
+            self._libraries.close()
+        finally:
+            self.device.close()
 
     def __enter__(self) -> Self:
         return self
@@ -284,49 +292,9 @@ class CudaBackend:
         self._libraries.kernels.gemv(x, weight, bias, out=out.reshape(x.shape[0], weight.shape[0]), silu_input=silu_input)
 
 
-_FLAGS = frozenset(("add_one", "fast_accumulation", "gelu", "silu_input", "silu", "interleave"))
-_COUNTS = frozenset(
-    (
-        "num_heads",
-        "pad_top",
-        "pad_left",
-        "pad_bottom",
-        "pad_right",
-        "time_stride",
-        "space_stride",
-        "side",
-        "time_factor",
-        "space_factor",
-        "first_frame",
-    )
-)
-
-
 def _arguments(step: Step) -> dict[str, Any]:
     """A step's numbers as the keyword arguments of what it calls."""
     return {
-        name: bool(value) if name in _FLAGS else int(value) if name in _COUNTS else value
+        name: bool(value) if name in FLAGS else int(value) if name in COUNTS else value
         for name, value in step.numbers.items()
     }
-
-
-def _check_names(plan: Plan, given: Iterable[TensorSpec], stage: StageSpec) -> None:
-    """Check that every array a plan reads exists by then: given, a view of one that exists, or written by an earlier step."""
-    known = {tensor.name for tensor in given}
-    views = {view.name: view.source for view in plan.views}
-    buffers = {buffer.name for buffer in plan.buffers}
-
-    def exists(name: str, depth: int = 0) -> bool:
-        return name in known or (depth < len(views) + 1 and name in views and exists(views[name], depth + 1))
-
-    for step in plan.steps:
-        missing = [name for name in step.inputs.values() if not exists(name)] + [
-            n for n in step.outputs.values() if n not in buffers
-        ]
-        if missing:
-            raise EngineError(f"{stage.name}: the plan uses {missing[0]}, which does not exist by then", hint=_REBUILD)
-        known |= set(step.outputs.values())
-    if {tensor.name for tensor in stage.outputs} != plan.outputs.keys() or not all(
-        exists(name) for name in plan.outputs.values()
-    ):
-        raise EngineError(f"{stage.name}: the plan's outputs are {sorted(plan.outputs)}", hint=_REBUILD)

@@ -1,7 +1,7 @@
 """The engine file of the `cuda` target: the steps of one stage, in order, over named arrays.
 
-Written by `engines.targets.cuda`, executed by `runtime.backends.cuda.engine`. A step names a kernel of the runtime (`Kernels`, `Linear`,
-`Attention`) and the arrays it reads and writes; arrays are the stage's inputs and weights, buffers, and views of either.
+Written by `engines.targets.cuda`, executed by `runtime.backends.cuda.engine`. A step names what the runtime calls (a kernel or a library,
+see `CudaBackend`) and the arrays it reads and writes; arrays are the stage's inputs and weights, buffers, and views of either.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,14 @@ from enum import StrEnum
 from runtime.specs import Axis, DType
 
 PLAN_VERSION = 3
+
+FLAGS = frozenset(("add_one", "fast_accumulation", "gelu", "silu_input", "silu", "interleave"))
+"""Numbers of a step that are 0 or 1."""
+COUNTS = {
+    **dict.fromkeys(("pad_top", "pad_left", "pad_bottom", "pad_right", "first_frame"), 0),
+    **dict.fromkeys(("num_heads", "time_stride", "space_stride", "side", "time_factor", "space_factor"), 1),
+}
+"""Numbers of a step that are whole, and the least of each."""
 
 
 class StepKind(StrEnum):

@@ -65,6 +65,7 @@ class CudaSession:
         Raises:
             DeviceMemoryError: it cannot fit, or others hold the memory.
         """
+        self._copies.use_here()  # generations may come from another thread than the one that opened the session
         device = self._device
         device.trim()
         free, total = device.memory()
@@ -117,9 +118,9 @@ class CudaSession:
             raise
         try:
             yield opened
-        finally:
             free, total = self._device.memory()
             self._driver_bytes = max(self._driver_bytes, total - free)
+        finally:
             opened.close()
 
     def memory_use(self) -> MemoryUse | None:
@@ -138,8 +139,10 @@ class CudaSession:
     def close(self) -> None:
         """End the thread and release the device with everything on it."""
         self._loader.close()
-        self._copies.close()
-        self._backend.close()
+        try:
+            self._copies.close()
+        finally:
+            self._backend.close()
 
     def _make_room(self, component: str, store: Store, residency: Residency, planned: ComponentPlan | None) -> None:
         """Give up what has to go, then take the memory of this component: its arrays', then its resident units'."""
@@ -158,7 +161,7 @@ class CudaSession:
     def _pin(self, component: str, store: Store, residency: Residency) -> None:
         streamed = [unit for unit in range(len(store.units)) if unit not in residency.resident]
         store.pin(streamed, self._copies, available_bytes=self._available_host_bytes())
-        if len(store.pinned) < len(streamed):
+        if any(unit not in store.pinned for unit in streamed):
             self._loader.settle()
             for name, other in self._stores.items():
                 if name != component:

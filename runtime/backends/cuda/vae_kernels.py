@@ -75,7 +75,7 @@ class VaeKernels:
         positions = height * width
         self._launch(
             f"channel_norm_{count}", launch.CHANNEL_NORM, x.reshape(num_frames * positions, channels).rows(0, positions),
-            elements=positions * lanes, x=x, gamma=None if gamma is None else gamma.pointer, past=kept, out=out,
+            elements=positions * lanes, x=x, gamma=None if gamma is None else gamma.reshape(channels), past=kept, out=out,
             num_frames=num_frames, past_frames=past_frames,
             from_zero=int(past is None), silu=int(silu), lanes=lanes, scale=math.sqrt(channels),
         )  # fmt: skip
@@ -125,7 +125,8 @@ class VaeKernels:
         """`out = x` plus the level's input averaged down, as `export.functions.add_average_down` does it; all bf16."""
         offset = x.shape[0] * time_factor - level_input.shape[0]
         smaller = (x.shape[1] * space_factor, x.shape[2] * space_factor)
-        if level_input.shape[1:3] != smaller or not 0 <= offset < time_factor:
+        is_even = level_input.shape[3] * time_factor * space_factor**2 % x.shape[3] == 0
+        if level_input.shape[1:3] != smaller or not 0 <= offset < time_factor or not is_even:
             raise ValueError(f"{list(level_input.shape)} is no level's input for {list(x.shape)}")
         self._shortcut("add_average_down", x, level_input, out, time_factor, space_factor, offset)
 
@@ -135,7 +136,8 @@ class VaeKernels:
         """`out = x` plus the level's input repeated, as `export.functions.add_duplicate_up` does it; all bf16."""
         offset = level_input.shape[0] * time_factor - x.shape[0]
         larger = (level_input.shape[1] * space_factor, level_input.shape[2] * space_factor)
-        if x.shape[1:3] != larger or not 0 <= offset < time_factor:
+        is_even = x.shape[3] * time_factor * space_factor**2 % level_input.shape[3] == 0
+        if x.shape[1:3] != larger or not 0 <= offset < time_factor or not is_even:
             raise ValueError(f"{list(level_input.shape)} is no level's input for {list(x.shape)}")
         self._shortcut("add_duplicate_up", x, level_input, out, time_factor, space_factor, offset)
 
