@@ -189,7 +189,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--size", metavar="WIDTHxHEIGHT", help="default: the model's; with --image, of the image's aspect and the same area"
     )
-    command.add_argument("--frames", type=int, help="default: the model's; with --video, as many as the video has")
+    command.add_argument("--frames", type=int, help="default: the model's; with --video, those of the video, down to 4n+1")
     command.add_argument("--steps", type=int)
     command.add_argument("--shift", type=float)
     command.add_argument(

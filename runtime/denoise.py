@@ -108,7 +108,8 @@ def denoise(
                             latents=latents,
                         )
                     )
-            del transformer, prompts, image  # what they hold of the device's memory must be free before the next expert takes its own
+            # what these hold of the device's memory must be free before the next expert's is taken
+            del transformer, prompts, image
     return latents
 
 

@@ -1,16 +1,13 @@
 """Drives the image encoder's stages: normalised pixels in, CLIP features out."""
 
-from typing import Any
-
 import numpy as np
 
 from runtime.component import Component
+from runtime.geometry import Float32
 from runtime.variants import ImageEncoderArch
 
-_Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
-
-def encode_images(component: Component, pixels: _Float32, arch: ImageEncoderArch) -> _Float32:
+def encode_images(component: Component, pixels: Float32, arch: ImageEncoderArch) -> Float32:
     """Features of images: the hidden states before the encoder's last layer, without the norm after it.
 
     All images go through a block before the next block runs, so the weights are read once, not once an image.
@@ -32,7 +29,7 @@ def encode_images(component: Component, pixels: _Float32, arch: ImageEncoderArch
     return np.concatenate([backend.to_host(states) for states in hidden])
 
 
-def _cut(image: _Float32, patch: int) -> _Float32:
+def _cut(image: Float32, patch: int) -> Float32:
     """An image [3, H, W] → its whole patches [H/p · W/p, 3·p·p], in row-major order, each as the patch convolution's kernel lies."""
     channels, rows, columns = image.shape[0], image.shape[1] // patch, image.shape[2] // patch
     whole = image[:, : rows * patch, : columns * patch]

@@ -1,6 +1,7 @@
 """Image files in, pixels out, and the peers' ways of resizing them; what the pixels are for is `runtime.conditioning`'s to say.
 
-Files are opened as diffusers' `load_image` opens them: turned as EXIF says, transparency dropped, grey and palettes made RGB.
+Files are opened as diffusers' `load_image` opens them: turned as EXIF says, transparency dropped, grey and palettes made RGB. Only 16
+bits of grey, which it clips to white, keep their upper half.
 """
 
 import warnings
@@ -11,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import RequestError
+from runtime.geometry import Float32
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 """RGB, [H, W, 3]."""
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -36,19 +37,22 @@ def load_image(path: Path) -> Pixels:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `MAX_PIXELS` is the limit here
-            image = Image.open(path, formats=FORMATS)
-        with image:
-            _check_extent(path, image.width, image.height)
-            pixels = np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            warnings.simplefilter("ignore")  # `MAX_PIXELS` is the limit here; damaged EXIF data and the like are left out
+            with Image.open(path, formats=FORMATS) as image:
+                _check_extent(path, image.width, image.height)
+                pixels = np.asarray(_rgb(ImageOps.exif_transpose(image)))
     except Image.DecompressionBombError as exc:
         raise _too_large(path) from exc
     except UnidentifiedImageError as exc:
         raise RequestError(f"{path}: not an image of a known kind", hint=f"give a file of {', '.join(FORMATS)}") from exc
     except RequestError:
         raise
+    except OSError as exc:
+        if exc.errno is None:  # Pillow's own, of damaged files
+            raise _damaged(path, exc) from exc
+        raise RequestError(f"{path}: cannot be read: {exc.strerror}", hint="give an image file") from exc
     except Exception as exc:  # damaged files make Pillow's readers raise errors of struct, zlib and others
-        raise RequestError(f"{path}: cannot be read as an image: {exc}", hint="check the file; save it again as PNG") from exc
+        raise _damaged(path, exc) from exc
     return np.ascontiguousarray(pixels)
 
 
@@ -101,6 +105,10 @@ def _check_extent(path: Path, width: int, height: int) -> None:
         raise _too_large(path, f"{width}x{height}: ")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RequestError(f"{path}: {width}x{height}: sides of at most {MAX_ASPECT} to 1", hint="cut the image first")
+
+
+def _damaged(path: Path, cause: Exception) -> RequestError:
+    return RequestError(f"{path}: cannot be read as an image: {cause}", hint="check the file; save it again as PNG")
 
 
 def _too_large(path: Path, size: str = "") -> RequestError:

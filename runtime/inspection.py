@@ -14,7 +14,8 @@ from runtime.manifest import Manifest, Target
 from runtime.memory import LIBRARY_BYTES, gib, plan_memory
 from runtime.needs import generation_needs
 from runtime.opening import Opener
-from runtime.request import GenerateRequest, resolve_request
+from runtime.request import GenerateRequest
+from runtime.resolving import resolve_request
 from runtime.stages import network_components
 from runtime.variants import Presence, Variant
 

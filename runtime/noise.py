@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import RequestError
+from runtime.geometry import Float32
 
-_Float32 = np.ndarray[Any, np.dtype[np.float32]]
 _Float64 = np.ndarray[Any, np.dtype[np.float64]]
 
 _BLOCK = 16  # elements that torch transforms together: eight radii, then eight angles
@@ -30,7 +30,7 @@ _COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 _MINUS_QUARTER_PI = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)  # in three parts
 
 
-def randn(seed: int, shape: tuple[int, ...]) -> _Float32:
+def randn(seed: int, shape: tuple[int, ...]) -> Float32:
     """Standard normal noise, equal to `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`.
 
     Bit for bit where torch runs its AVX2 code (2.7e8 elements compared on an AMD EPYC); where it runs its portable code,
@@ -50,7 +50,7 @@ def randn(seed: int, shape: tuple[int, ...]) -> _Float32:
     return values.reshape(shape)
 
 
-def _draw_blocks(words: np.random.RandomState, size: int) -> _Float32:
+def _draw_blocks(words: np.random.RandomState, size: int) -> Float32:
     values = np.empty(size, np.float32)
     whole = size - size % _BLOCK
     uniform = _uniform(words, size)
@@ -63,7 +63,7 @@ def _draw_blocks(words: np.random.RandomState, size: int) -> _Float32:
     return values
 
 
-def _draw_pairs(words: np.random.RandomState, size: int) -> _Float32:
+def _draw_pairs(words: np.random.RandomState, size: int) -> Float32:
     draws = 2 * -(-size // 2)  # a pair of uniforms makes a pair of normals
     high, low = words.randint(0, 1 << 32, size=(draws, 2), dtype=np.uint32).astype(np.uint64).T
     uniform = ((high << np.uint64(32) | low) & np.uint64((1 << 53) - 1)).astype(np.float64) * 2.0**-53
@@ -72,13 +72,13 @@ def _draw_pairs(words: np.random.RandomState, size: int) -> _Float32:
     return np.stack((radius * np.cos(theta), radius * np.sin(theta)), axis=-1).reshape(-1)[:size].astype(np.float32)
 
 
-def _uniform(words: np.random.RandomState, size: int) -> _Float32:
+def _uniform(words: np.random.RandomState, size: int) -> Float32:
     """Uniform numbers in [0, 1): the lowest 24 bits of each word."""
     drawn = words.randint(0, 1 << 32, size=size, dtype=np.uint32)
     return (drawn & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def _box_muller(uniform: _Float32) -> _Float32:
+def _box_muller(uniform: Float32) -> Float32:
     """Blocks of 16 uniforms → blocks of 16 normals: radius from the first eight, angle from the last eight."""
     first, second = uniform.reshape(-1, 2, _BLOCK // 2).swapaxes(0, 1)  # [2, blocks, 8]
     radius = np.sqrt(np.float32(-2) * _log(np.float32(1) - first))
@@ -86,21 +86,21 @@ def _box_muller(uniform: _Float32) -> _Float32:
     return np.stack((radius * cos, radius * sin), axis=1).reshape(-1) + np.float32(0)  # torch adds the mean: -0 becomes 0
 
 
-def _fma(a: _Float32, b: _Float32 | float, c: _Float32 | float) -> _Float32:
+def _fma(a: Float32, b: Float32 | float, c: Float32 | float) -> Float32:
     """`a * b + c` with one rounding: the product of two float32 numbers is exact in float64."""
     total: _Float64 = a.astype(np.float64) * np.float64(np.float32(b)) if isinstance(b, float) else a.astype(np.float64) * b
     total += np.float32(c) if isinstance(c, float) else c
     return total.astype(np.float32)
 
 
-def _polynomial(x: _Float32, coefficients: tuple[float, ...]) -> _Float32:
+def _polynomial(x: Float32, coefficients: tuple[float, ...]) -> Float32:
     y = _fma(x, coefficients[0], coefficients[1])
     for coefficient in coefficients[2:]:
         y = _fma(y, x, coefficient)
     return y
 
 
-def _log(x: _Float32) -> _Float32:
+def _log(x: Float32) -> Float32:
     """Natural logarithm of normal positive numbers, fused and rounded where torch's compiled code does."""
     mantissa, exponent = np.frexp(x)  # mantissa in [0.5, 1)
     low = mantissa < np.float32(math.sqrt(0.5))
@@ -111,7 +111,7 @@ def _log(x: _Float32) -> _Float32:
     return _fma(e, _LN2_HIGH, f + _fma(z, -0.5, y))
 
 
-def _sin_cos(x: _Float32) -> tuple[_Float32, _Float32]:
+def _sin_cos(x: Float32) -> tuple[Float32, Float32]:
     """Sine and cosine of non-negative numbers, fused and rounded where torch's compiled code does."""
     octant = ((x * _FOUR_OVER_PI).astype(np.int32) + 1) & ~1
     y = octant.astype(np.float32)

@@ -30,7 +30,8 @@ from runtime.needs import generation_needs
 from runtime.noise import randn
 from runtime.opening import Opener, choose_target
 from runtime.report import Report, StageClock, make_report
-from runtime.request import GenerateRequest, ResolvedRequest, resolve_request
+from runtime.request import GenerateRequest, ResolvedRequest
+from runtime.resolving import resolve_request
 from runtime.schedulers import SOLVERS, Schedule, make_schedule
 from runtime.stages.text_encoder import TOKEN_EMBEDDING
 from runtime.text import MAX_TOKENS, Tokenizer

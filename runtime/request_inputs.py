@@ -1,6 +1,6 @@
 """What a request's images and video mean for it: whether the variant takes them, the size that follows, the steps that are left out."""
 
-from typing import TYPE_CHECKING
+import logging
 
 import numpy as np
 
@@ -8,34 +8,39 @@ from runtime.conditioning import matched_extent, size_for_image
 from runtime.errors import RequestError
 from runtime.geometry import VideoSize, token_pixels
 from runtime.images import MAX_PIXELS
+from runtime.request import GenerateRequest
 from runtime.schedulers import Conventions
-from runtime.variants import ImageFit, Presence, Variant
+from runtime.variants import VARIANTS, ImageFit, Presence, Variant
 
-if TYPE_CHECKING:
-    from runtime.request import GenerateRequest
-
+log = logging.getLogger(__name__)
 DEFAULT_STRENGTH = 0.8  # `WanVideoToVideoPipeline`'s
 
 
-def check_inputs(request: "GenerateRequest", variant: Variant, conventions: Conventions) -> None:
+def check_inputs(request: GenerateRequest, variant: Variant, conventions: Conventions) -> None:
     """Refuse an image or video that the variant does not take, and the lack of one that it needs.
 
     Raises:
         RequestError: the first thing that does not fit, with what does.
     """
     takes = variant.conditioning
-    for name, given, presence in (
+    for field, given, presence in (
         ("image", request.image, takes.image),
-        ("last image", request.last_image, takes.last_image),
+        ("last_image", request.last_image, takes.last_image),
         ("video", request.video, takes.video),
     ):
-        option = f"--{name.replace(' ', '-')}"
+        name, option = field.replace("_", " "), f"--{field.replace('_', '-')}"
         if given is None and presence is Presence.REQUIRED:
-            raise RequestError(f"{variant.name} needs an image ({name})", hint=f"give one with {option}")
+            raise RequestError(
+                f"{variant.name} needs {'an' if name == 'image' else 'a'} {name}", hint=f"give one with {option}"
+            )
         if given is not None and presence is Presence.NONE:
-            raise RequestError(f"{variant.name} takes no {name}", hint=f"leave {option} out; {_takers(name)}")
-        if given is not None and (given.dtype != np.uint8 or given.shape[-1] != 3 or given.ndim != 3 + (name == "video")):
-            raise RequestError(f"{name} is {given.dtype} {list(given.shape)}; need uint8 RGB, channels last")
+            raise RequestError(f"{variant.name} takes no {name}", hint=f"leave {option} out; it is for {_takers(field)}")
+        if given is not None and (given.dtype != np.uint8 or given.shape[-1] != 3 or given.ndim != 3 + (field == "video")):
+            raise RequestError(
+                f"{name} is {given.dtype} {list(given.shape)}; need uint8 RGB, channels last", hint="convert it first"
+            )
+        if given is not None and not given[..., 0].size:
+            raise RequestError(f"{name} is {list(given.shape)}: it holds no pixels", hint="give another one")
     if request.last_image is not None and request.image is None:
         raise RequestError("a last image without a first one", hint="give the first one with --image")
     if request.strength is not None and request.video is None:
@@ -46,11 +51,12 @@ def check_inputs(request: "GenerateRequest", variant: Variant, conventions: Conv
             raise RequestError("first and last image differ too much in size", hint="give two images of one size")
 
 
-def _takers(name: str) -> str:
-    return f"text-to-video models of Wan2.1 and Wan2.2 A14B take a {name}" if name == "video" else f"I2V models take an {name}"
+def _takers(field: str) -> str:
+    """Names of the variants that take such an input, `field` of their conditioning."""
+    return ", ".join(row.name for row in VARIANTS.values() if getattr(row.conditioning, field) is not Presence.NONE)
 
 
-def video_size(request: "GenerateRequest", variant: Variant, conventions: Conventions) -> VideoSize:
+def video_size(request: GenerateRequest, variant: Variant, conventions: Conventions) -> VideoSize:
     """The size asked for; what is left out follows from the image or video, else from the variant.
 
     Raises:
@@ -74,7 +80,9 @@ def video_size(request: "GenerateRequest", variant: Variant, conventions: Conven
     if request.video is not None:
         available = len(request.video)
         if request.num_frames is None:
-            num_frames = max(available - 1, 0) // stride * stride + 1  # the rest is what diffusers drops
+            num_frames = max(available - 1, 0) // stride * stride + 1  # diffusers drops the rest, too
+            if num_frames < available:
+                log.warning("the video has %d frames; the first %d are taken: a video has %dn+1", available, num_frames, stride)
         if num_frames > available:
             raise RequestError(f"num_frames={num_frames}: the video has {available}", hint="lower --frames")
     if request.last_image is not None and num_frames == 1:

@@ -9,15 +9,15 @@ import numpy as np
 from runtime.backends.base import Array
 from runtime.component import Component
 from runtime.errors import BundleError
+from runtime.geometry import Float32
 from runtime.variants import TextEncoderArch
 
 _Int64 = np.ndarray[Any, np.dtype[np.int64]]
-_Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def encode_prompts(
     component: Component, token_embedding: Array, prompts: Sequence[_Int64], arch: TextEncoderArch
-) -> list[_Float32]:
+) -> list[Float32]:
     """Embeddings of several prompts' tokens. They go through each block together, so the weights are read once, not once a prompt.
 
     Args:
@@ -52,7 +52,7 @@ def encode_prompts(
     return [backend.to_host(output["prompt_embeds"]) for output in outputs]
 
 
-def _float32_rows(table: Array, rows: _Int64) -> _Float32:
+def _float32_rows(table: Array, rows: _Int64) -> Float32:
     gathered = table[rows]
     if gathered.dtype != np.uint16:
         return gathered.astype(np.float32, copy=False)

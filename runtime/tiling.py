@@ -13,7 +13,8 @@ import numpy as np
 
 from runtime.component import Component
 from runtime.errors import RequestError
-from runtime.vae import Float32, decode_unnormalised, encode_chunks, encode_stream, frame_chunks, normalise, unnormalise
+from runtime.geometry import Float32
+from runtime.vae import decode_unnormalised, encode_chunks, encode_stream, frame_chunks, normalise, unnormalise
 from runtime.variants import VaeArch
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.component import Component
+from runtime.geometry import Float32
 from runtime.stages.vae import DECODE_FIRST, DECODE_STEP, ENCODE_FIRST, ENCODE_STEP
 from runtime.variants import VaeArch
 
-Float32 = NDArray[np.float32]
 Frames = NDArray[np.uint8]
 
 

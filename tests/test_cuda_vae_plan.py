@@ -15,7 +15,7 @@ from export.graphs import stage_graph
 from export.pack import pack_plan, write_weights
 from runtime.backends.cuda.plan import Plan, Step, StepKind
 from runtime.backends.cuda.vae_kernels import MAX_PAST, TRANSPOSE_SIDE
-from runtime.errors import BuildError
+from runtime.errors import BuildError, ExportError
 from runtime.precision import in_precision
 from runtime.specs import DType, Precision, StageSpec, TensorSpec
 from runtime.stages.vae import DECODE_FIRST, DECODE_STEP, ENCODE_STEP, vae_encoder_stages, vae_stages
@@ -142,6 +142,14 @@ def test_packed_weights_are_turned_and_padded_with_zeros(tmp_path: Path) -> None
     np.testing.assert_array_equal(read["c.weight"][:3, :, :, :2].float(), weight.permute(0, 2, 3, 1))
     assert not read["c.weight"][3:].any() and not read["c.weight"][:, :, :, 2:].any()
     assert read["c.bias"].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3), (3, 2, 3, 5), (3, 9, 3, 3), (9, 2, 3, 3), (0, 2, 3, 3)])
+def test_a_convolution_of_another_size_is_not_padded_to_fit(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    stage = StageSpec(name="vae.toy", inputs=(), outputs=(), weights=(TensorSpec("c.weight", (3, 2, 3, 3)),))
+    plan = pack_plan([in_precision(stage, Precision.BF16)], num_blocks=0)
+    with pytest.raises(ExportError, match=re.escape(f"the checkpoint has {list(shape)}")):
+        write_weights(DictSource({"c.weight": torch.zeros(shape)}), plan, tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(("constant", "value"), [("kMaxPast", MAX_PAST), ("kTransposeSide", TRANSPOSE_SIDE)])

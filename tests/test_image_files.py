@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -106,8 +107,8 @@ def test_what_cannot_be_an_image_is_refused(tmp_path: Path, content: bytes, word
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    for place in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(RequestError, match="cannot be read"):
+    for place, reason in ((tmp_path / "none.png", "No such file"), (tmp_path, "directory")):
+        with pytest.raises(RequestError, match=f"cannot be read: .*{reason}"):
             load_image(place)
         with pytest.raises(RequestError, match="no such file"):
             load_video(place)
@@ -122,6 +123,54 @@ def test_a_video_gives_its_frames_and_only_as_many_as_asked_for(tmp_path: Path) 
     assert video.shape == (5, 16, 32, 3)
     assert np.abs(video.mean(axis=(1, 2, 3)) - levels).max() < 4
     assert load_video(file, num_frames=3).shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [
+        ((1, 0, 0, 1), (0, 0)),
+        ((0, 1, -1, 0), (0, -1)),
+        ((-1, 0, 0, -1), (-1, -1)),
+        ((0, -1, 1, 0), (-1, 0)),
+        ((-1, 0, 0, 1), (0, -1)),
+    ],
+    ids=["as it is", "clockwise", "upside down", "anticlockwise", "mirrored"],
+)
+def test_a_display_matrix_turns_and_mirrors_a_video(
+    tmp_path: Path, matrix: tuple[int, int, int, int], corner: tuple[int, int]
+) -> None:
+    file = tmp_path / "a.mp4"
+    frames = np.zeros((1, 16, 32, 3), np.uint8)
+    frames[0, :8, :16] = 250
+    with open_writer(file, fps=8, width=32, height=16) as writer:
+        writer.write(frames)
+    content = bytearray(file.read_bytes())
+    begin = content.index(b"tkhd") + 44  # of nine numbers: a, b, u, c, d, v, x, y, w
+    assert struct.unpack_from(">5i", content, begin) == (1 << 16, 0, 0, 0, 1 << 16)
+    a, b, c, d = (each << 16 for each in matrix)
+    struct.pack_into(">5i", content, begin, a, b, 0, c, d)
+    file.write_bytes(content)
+    video = load_video(file)
+    assert video.shape[1:3] == ((16, 32) if matrix[0] else (32, 16))
+    bright = [place for place in ((0, 0), (0, -1), (-1, 0), (-1, -1)) if video[0][place].mean() > 125]
+    assert bright == [corner]
+
+
+def test_a_video_that_is_cut_short_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, part = tmp_path / "whole.mkv", tmp_path / "part.mkv"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "bgr0"
+        noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+        for frame in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    part.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert len(load_video(whole)) == 20 and not caplog.messages
+    assert 5 < len(load_video(part)) < 15
+    assert "promises about 20: it may be cut short" in caplog.text
+    caplog.clear()
+    assert len(load_video(part, num_frames=5)) == 5 and not caplog.messages
 
 
 def test_what_cannot_be_a_video_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from runtime.bundle import open_bundle
 from runtime.errors import RequestError
 from runtime.geometry import SizeRange, VideoSize
 from runtime.manifest import Manifest
-from runtime.request import GenerateRequest, resolve_request
+from runtime.request import GenerateRequest
+from runtime.resolving import resolve_request
 from runtime.run import load_latents
 from runtime.schedulers import Conventions, SchedulerName
 from runtime.tiling import TileSpec
@@ -178,7 +179,8 @@ VIDEO = np.zeros((7, 20, 40, 3), np.uint8)
         ({}, {"video": VIDEO}, "takes no video"),
         ({"image": Presence.REQUIRED}, {}, "needs an image"),
         ({"image": Presence.REQUIRED}, {"image": IMAGE, "last_image": IMAGE}, "takes no last image"),
-        ({"image": Presence.REQUIRED, "last_image": Presence.REQUIRED}, {"image": IMAGE}, "last image"),
+        ({"image": Presence.REQUIRED, "last_image": Presence.REQUIRED}, {"image": IMAGE}, "needs a last image"),
+        ({"image": Presence.OPTIONAL}, {"image": IMAGE[:0]}, "holds no pixels"),
         ({"image": Presence.OPTIONAL, "last_image": Presence.OPTIONAL}, {"last_image": IMAGE}, "without a first one"),
         ({"image": Presence.OPTIONAL}, {"image": IMAGE[:, :, 0]}, "need uint8 RGB"),
         ({"image": Presence.OPTIONAL}, {"image": IMAGE.astype(np.float32)}, "need uint8 RGB"),
@@ -186,7 +188,7 @@ VIDEO = np.zeros((7, 20, 40, 3), np.uint8)
         ({"video": Presence.OPTIONAL}, {"video": VIDEO, "strength": 1.01}, "more than 0, at most 1"),
         ({"video": Presence.OPTIONAL}, {"video": VIDEO, "strength": 0.1, "num_steps": 9}, "leaves none of 9 steps"),
         ({"video": Presence.OPTIONAL}, {"video": VIDEO, "num_frames": 9}, "the video has 7"),
-        ({"video": Presence.OPTIONAL}, {"video": VIDEO[:0], "num_frames": None}, "the video has 0"),
+        ({"video": Presence.OPTIONAL}, {"video": VIDEO[:0], "num_frames": None}, "holds no pixels"),
     ],
 )
 def test_images_and_videos_that_do_not_fit_the_variant_are_refused(
@@ -194,7 +196,7 @@ def test_images_and_videos_that_do_not_fit_the_variant_are_refused(
 ) -> None:
     with pytest.raises(RequestError, match=words) as caught:
         resolve_request(replace(ASKED, **given), conditioned(manifest, **takes), sizes=None)
-    assert caught.value.hint or "RGB" in words
+    assert caught.value.hint
 
 
 def test_a_first_and_a_last_image_need_more_than_one_frame(manifest: Manifest) -> None:

@@ -191,11 +191,10 @@ def test_an_interrupted_step_ends_threads_and_leaves_nothing_behind(files: dict[
     with open_session(gpu, vram=budget(9), available_host_bytes=lambda: 1 << 40) as session:
         loader = session._loader
         resident = session.prepare(needs("high"), attention=Precision.BF16).find("high").residency.resident_bytes
-        with pytest.raises(KeyboardInterrupt):
-            with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
-                use(gpu, weights, EMBED)
-                use(gpu, weights, BLOCK, 0)
-                raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt), session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights:
+            use(gpu, weights, EMBED)
+            use(gpu, weights, BLOCK, 0)
+            raise KeyboardInterrupt
         assert sum(map(len, gpu.memory_of.values())) == resident  # the slots are gone
     assert not loader._thread.is_alive()
 
@@ -210,10 +209,12 @@ def test_a_lost_device_still_gets_its_slots_back_and_says_what_failed_first(
 
     with open_session(gpu, vram=budget(9), available_host_bytes=lambda: 0) as session:
         resident = session.prepare(needs("high"), attention=Precision.BF16).find("high").residency.resident_bytes
-        with pytest.raises(CudaError, match="cuStreamSynchronize"):
-            with session.weights("high", files["high"], STAGES, num_blocks=BLOCKS):
-                monkeypatch.setattr(gpu, "memory", lost)
-                raise CudaError("cuStreamSynchronize failed with 700")
+        with (
+            pytest.raises(CudaError, match="cuStreamSynchronize"),
+            session.weights("high", files["high"], STAGES, num_blocks=BLOCKS),
+        ):
+            monkeypatch.setattr(gpu, "memory", lost)
+            raise CudaError("cuStreamSynchronize failed with 700")
         assert sum(map(len, gpu.memory_of.values())) == resident
 
 

@@ -295,6 +295,5 @@ class CudaBackend:
 def _arguments(step: Step) -> dict[str, Any]:
     """A step's numbers as the keyword arguments of what it calls."""
     return {
-        name: bool(value) if name in FLAGS else int(value) if name in COUNTS else value
-        for name, value in step.numbers.items()
+        name: bool(value) if name in FLAGS else int(value) if name in COUNTS else value for name, value in step.numbers.items()
     }
