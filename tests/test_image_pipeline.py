@@ -177,6 +177,33 @@ def test_original_layout_prepares_images_as_the_original_does(toys: Callable[[st
     assert_same(run_ours(toy.original, request), run_diffusers(oracle, request))
 
 
+def test_original_layout_of_two_image_experts_prepares_the_image_as_the_original_does(toys: Callable[[str], Toy]) -> None:
+    toy = toys("i2v-a14b")
+    request = replace(ASKED, num_frames=5, image=picture(50, 70), guidance=(3.5, 2.0), num_steps=5, shift=5.0)
+    oracle = toy.oracle()
+    prepare_as_the_original(oracle)
+    assert_same(run_ours(toy.original, request), run_diffusers(oracle, request, guidance_scale_2=2.0))
+
+
+def test_original_layout_of_ti2v_covers_the_frame_with_the_image(toys: Callable[[str], Toy]) -> None:
+    toy = toys("ti2v")
+    request = replace(ASKED, image=picture(33, 91), shift=5.0)
+    oracle = WanImageToVideoPipeline.from_pretrained(toy.folder)
+    oracle.video_processor.preprocess = cover_frame
+    oracle.scheduler = OriginalGrid(make_scheduler("unipc", flow_shift=1.0), largest=0.999, shift=5.0)
+    (ours, _), (theirs, _) = run_ours(toy.original, request), run_diffusers(oracle, request)
+    for our_latents, their_latents in zip(ours, theirs, strict=True):  # the clean frame: see above
+        assert relative_error(our_latents[:, 1:], their_latents[:, 1:]) < LATENTS
+
+
+def cover_frame(image: Any, *, height: int, width: int) -> torch.Tensor:
+    """Wan2.2's way from an image to TI2V's frame: scaled to cover it, then its centre."""
+    scale = max(width / image.width, height / image.height)
+    covering = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (covering.width - width) // 2, (covering.height - height) // 2
+    return signed(covering.crop((left, top, left + width, top + height)))
+
+
 def video_to_video(toy: Toy) -> Any:
     """diffusers' pipeline; of two experts, which it does not know, a stand-in for its transformer takes the right one."""
     pipeline = toy.oracle()

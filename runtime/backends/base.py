@@ -84,6 +84,7 @@ class Backend(Protocol):
 class MemoryUse:
     """Device memory of one generation, in bytes: what it might take, was predicted to take, and took."""
 
+    device: str  # its name; the same bits come from the same kind only
     budget_bytes: int
     predicted_peak_bytes: int
     peak_bytes: int

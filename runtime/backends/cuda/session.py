@@ -128,6 +128,7 @@ class CudaSession:
         if self._plan is None:
             return None
         return MemoryUse(
+            device=self._device.name,
             budget_bytes=self._plan.budget_bytes,
             predicted_peak_bytes=self._plan.peak_bytes,
             peak_bytes=self._device.peak_bytes,
