@@ -130,7 +130,7 @@ class StreamedWeights:
             slot.clear()
         self._loader.settle()
         for slot in self._slots:
-            slot.memory.free()
+            slot.memory.free()  # a slab: the driver frees it when what is under way on the device, copies too, is done
         self._slots.clear()
 
     def _acquire(self, unit: int) -> int:
