@@ -7,8 +7,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -22,12 +23,14 @@ SIZES_HELP = "WIDTHxHEIGHT, or a range WIDTHxHEIGHT..WIDTHxHEIGHT"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status of the error tree (`runtime.errors`), 0 when all went well."""
     _open_missing_streams()
-    _terminate_like_ctrl_c()
-    arguments = argparse.Namespace(on_cancel="nothing was begun")
+    arguments = argparse.Namespace(on_cancel="nothing was begun", interrupted=_unwind_on_signals())
     try:
         _parser().parse_args(argv, arguments)
         logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
         return int(arguments.command(arguments) or 0)
+    except (KeyboardInterrupt, CancelledError):
+        print(f"cancelled; {arguments.on_cancel}", file=sys.stderr)
+        return CancelledError.exit_code
     except WanError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
@@ -37,9 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: not enough memory: {error}", file=sys.stderr)
         print("hint: lower --size or --frames, or decode with --tile", file=sys.stderr)
         return DeviceMemoryError.exit_code
-    except KeyboardInterrupt:
-        print(f"cancelled; {arguments.on_cancel}", file=sys.stderr)
-        return CancelledError.exit_code
 
 
 def build_engines(arguments: argparse.Namespace) -> None:
@@ -50,6 +50,8 @@ def build_engines(arguments: argparse.Namespace) -> None:
     checkpoint = _checkpoint(arguments)
 
     def show(event: BuildEvent) -> None:
+        if arguments.interrupted():
+            raise KeyboardInterrupt
         quiet = arguments.json or event.reused
         _say(f"[{event.done}/{event.total}] {event.artefact}  {_size(event.bytes)}  {event.seconds:.1f} s", quiet=quiet)
 
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.bundle, target=arguments.target, num_threads=arguments.threads, vram=_vram(arguments.vram)
     ) as pipeline:
         _say(f"target {pipeline.target}: {pipeline.target_reason}", quiet=arguments.json)
-        outcome = run_to_file(pipeline, request, on_step=progress.step, on_memory=show_memory)
+        outcome = run_to_file(pipeline, request, on_step=progress.step, on_memory=show_memory, cancelled=arguments.interrupted)
     if arguments.json:
         _result(json.dumps({"out": str(outcome.out), "report": asdict(outcome.report)}))
         return
@@ -455,13 +457,23 @@ def _open_missing_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _terminate_like_ctrl_c() -> None:
-    """Let SIGTERM unwind as Ctrl-C does, so that half-written files are removed."""
+def _unwind_on_signals() -> Callable[[], bool]:
+    """Let SIGINT and SIGTERM unwind the command as KeyboardInterrupt, so that half-written files are removed.
+
+    Returns:
+        Whether one came: a library that calls Python code may drop the exception, about once in 170 interrupted runs. A signal that
+        the parent process ignores, as a shell does for its background jobs, stays ignored.
+    """
+    came = threading.Event()
 
     def interrupt(signum: int, frame: object) -> None:
+        came.set()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    return came.is_set
 
 
 class _StepBar:

@@ -88,7 +88,7 @@ class Wanrt(Protocol):
 @pytest.fixture
 def command_line(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """`cli.main` with its status, stdout and stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -100,7 +100,8 @@ def command_line(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., t
         return status, out, err
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import cli
 from runtime.denoise import StepEvent
 from runtime.errors import CancelledError
 from runtime.pipeline import VideoPipeline
@@ -235,6 +238,20 @@ def test_an_interrupted_process_ends_with_130_and_leaves_nothing(
     assert "cancelled" in err and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
     assert (tmp_path / "a.npy").read_text() == "precious"
+
+
+def test_an_interrupt_that_a_library_dropped_still_ends_the_run(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    def interrupted_and_dropped(self: object, event: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(cli._StepBar, "step", interrupted_and_dropped)
+    status, out, err = command_line("run", bundle, *RUN, "--out", tmp_path / "a.npy")
+    assert (status, out) == (130, "")
+    assert "cancelled" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prompt_bytes_that_are_not_utf8_are_refused(bundle: Path, tmp_path: Path) -> None:
