@@ -22,7 +22,7 @@ class ImageEncoderLowering(Lowering):
             ("", "Add"): self._residual,
             ("", "Concat"): self._concat,
             ("", "LayerNormalization"): self._norm,
-            ("", "Split"): self._split,
+            ("", "Split"): self.split,
             ("", "Mul"): self._refuse_activation,
             ("", "Sigmoid"): self._refuse_activation,
             (FUNCTION_DOMAIN, "Linear"): self._linear,
@@ -67,12 +67,6 @@ class ImageEncoderLowering(Lowering):
         out = self.buffer(node.output[0], self.shapes[x], dtype)
         eps = float(attributes(node)["epsilon"])
         self.step(kind, {**inputs, "weight": weight, "bias": bias}, {**outputs, "out": out}, eps=eps)
-
-    def _split(self, node: onnx.NodeProto) -> None:
-        axis = int(attributes(node)["axis"])
-        extent = int(self.shapes[node.input[0]][axis]) // len(node.output)
-        for i, name in enumerate(node.output):
-            self.view(name, node.input[0], axis=axis, start=i * extent, stop=(i + 1) * extent)
 
     def _linear(self, node: onnx.NodeProto) -> None:
         x, weight, *bias = node.input

@@ -19,7 +19,7 @@ class TextEncoderLowering(Lowering):
         return {
             ("", "Add"): self._residual,
             ("", "RMSNormalization"): self._norm,
-            ("", "Split"): self._split,
+            ("", "Split"): self.split,
             (FUNCTION_DOMAIN, "LinearNoBias"): self._linear,
             (FUNCTION_DOMAIN, "BiasedAttention"): self._attention,
             (FUNCTION_DOMAIN, "GatedGelu"): self._gated_gelu,
@@ -44,12 +44,6 @@ class TextEncoderLowering(Lowering):
         out = self.buffer(node.output[0], self.shapes[x], dtype)
         eps = float(attributes(node)["epsilon"])
         self.step(kind, {**inputs, "weight": weight}, {**outputs, "out": out}, eps=eps)
-
-    def _split(self, node: onnx.NodeProto) -> None:
-        axis = int(attributes(node)["axis"])
-        extent = int(self.shapes[node.input[0]][axis]) // len(node.output)
-        for i, name in enumerate(node.output):
-            self.view(name, node.input[0], axis=axis, start=i * extent, stop=(i + 1) * extent)
 
     def _linear(self, node: onnx.NodeProto) -> None:
         x, weight = node.input

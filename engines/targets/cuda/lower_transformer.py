@@ -35,7 +35,7 @@ class TransformerLowering(Lowering):
         return {
             ("", "Add"): self._add,
             ("", "Slice"): self._slice,
-            ("", "Split"): self._split,
+            ("", "Split"): self.split,
             ("", "Gemm"): self._gemv,
             ("", "Sigmoid"): lambda node: None,  # only as a part of SiLU, see _multiply
             ("", "Mul"): self._multiply,
@@ -89,12 +89,6 @@ class TransformerLowering(Lowering):
         if axis != 0:
             raise BuildError(f"{self.stage.name}: the cuda target slices rows only, not axis {axis}")
         self.view(node.output[0], node.input[0], axis=0, start=start, stop=min(stop, rows))
-
-    def _split(self, node: onnx.NodeProto) -> None:
-        axis = int(attributes(node)["axis"])
-        extent = int(self.shapes[node.input[0]][axis]) // len(node.output)
-        for i, name in enumerate(node.output):
-            self.view(name, node.input[0], axis=axis, start=i * extent, stop=(i + 1) * extent)
 
     def _multiply(self, node: onnx.NodeProto) -> None:
         value = next(

@@ -86,6 +86,13 @@ class Lowering:
         self.shapes[name], self.dtypes[name] = tuple(shape), self.dtypes[source]
         return name
 
+    def split(self, node: onnx.NodeProto) -> None:
+        """Lower a Split into equal parts: each is a view."""
+        axis = int(attributes(node)["axis"])
+        extent = int(self.shapes[node.input[0]][axis]) // len(node.output)
+        for i, name in enumerate(node.output):
+            self.view(name, node.input[0], axis=axis, start=i * extent, stop=(i + 1) * extent)
+
     def step(self, kind: StepKind, inputs: Mapping[str, str], outputs: Mapping[str, str], **numbers: float) -> None:
         """Add a step."""
         given = {argument: self.alias.get(name, name) for argument, name in inputs.items()}

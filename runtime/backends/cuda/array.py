@@ -117,3 +117,13 @@ class Buffer:
 
     def __del__(self) -> None:
         self.release()  # only into the arena: the memory itself is freed by the device
+
+
+def expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:
+    """Check what a kernel is given.
+
+    Raises:
+        ValueError: another element type or shape.
+    """
+    if array.dtype is not dtype or array.shape != shape:
+        raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")

@@ -4,7 +4,7 @@ Arrays are as in `runtime.backends.cuda.kernels`: matrices with any `row_stride`
 """
 
 from runtime.backends.cuda import launch
-from runtime.backends.cuda.array import Unit
+from runtime.backends.cuda.array import Unit, expect
 from runtime.backends.cuda.device import Device, DeviceArray, check
 from runtime.errors import EngineError
 from runtime.specs import DType
@@ -37,17 +37,17 @@ class AttentionKernels:
     def quantize_centred(self, x: DeviceArray, out: DeviceArray, scale: DeviceArray, offset: DeviceArray) -> None:
         """`out = (x - offset) / scale` in fp8: offset f32 [D] is each column's mean, scale f32 [1] puts what is furthest from it at 448."""
         num_columns = x.shape[1]
-        _expect(x, DType.BF16, x.shape)
-        _expect(out, DType.F8_E4M3, x.shape)
-        _expect(scale, DType.F32, (1,))
-        _expect(offset, DType.F32, (num_columns,))
+        expect(x, DType.BF16, x.shape)
+        expect(out, DType.F8_E4M3, x.shape)
+        expect(scale, DType.F32, (1,))
+        expect(offset, DType.F32, (num_columns,))
         self._spread(x, mean=offset, scale=scale)
         self._module.launch("quantize_centred", launch.QUANTIZE_CENTRED, x, x=x, scale=scale.pointer, offset=offset, out=out)
 
     def restore(self, x: DeviceArray, out: DeviceArray) -> None:
         """What x, fp8 with a unit, stands for, in bf16."""
         unit = _unit(x)
-        _expect(out, DType.BF16, x.shape)
+        expect(out, DType.BF16, x.shape)
         self._module.launch("restore", launch.RESTORE, x, x=x, scale=unit.scale.pointer, offset=unit.offset, out=out)
 
     def fold_offset(
@@ -58,10 +58,10 @@ class AttentionKernels:
         weight is fp8 [O, D] with scales f32 [O]; bias and out bf16 [O].
         """
         offset, num_outputs = _unit(x).offset, weight.shape[0]
-        _expect(weight, DType.F8_E4M3, (num_outputs, offset.size))
-        _expect(weight_scale, DType.F32, (num_outputs,))
+        expect(weight, DType.F8_E4M3, (num_outputs, offset.size))
+        expect(weight_scale, DType.F32, (num_outputs,))
         for array in (bias, out):
-            _expect(array, DType.BF16, (num_outputs,))
+            expect(array, DType.BF16, (num_outputs,))
         self._module.launch(
             "fold_offset", launch.FOLD_OFFSET, offset.reshape(1, offset.size),
             blocks=-(-num_outputs // (_FOLD_THREADS // 32)), threads=_FOLD_THREADS,
@@ -71,7 +71,7 @@ class AttentionKernels:
 
     def fill_spare_rows(self, x: DeviceArray, count: int) -> None:
         """Set the first `count` spare rows of x, bf16, to the mean of its rows."""
-        _expect(x, DType.BF16, x.shape)
+        expect(x, DType.BF16, x.shape)
         filled = x.with_spare_rows(count).rows(x.shape[0], x.shape[0] + count)
         self._spread(x, spare=filled)
 
@@ -112,11 +112,6 @@ def _unit(array: DeviceArray) -> Unit:
     """Check an fp8 matrix with a unit."""
     if array.dtype is not DType.F8_E4M3 or array.unit is None:
         raise ValueError(f"expected F8_E4M3 with a unit, got {array.dtype} {list(array.shape)}")
-    _expect(array.unit.scale, DType.F32, (1,))
-    _expect(array.unit.offset, DType.F32, array.shape[1:])
+    expect(array.unit.scale, DType.F32, (1,))
+    expect(array.unit.offset, DType.F32, array.shape[1:])
     return array.unit
-
-
-def _expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:
-    if array.dtype is not dtype or array.shape != shape:
-        raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")

@@ -4,6 +4,7 @@ Arrays are as in `runtime.backends.cuda.kernels`: matrices with any `row_stride`
 """
 
 from runtime.backends.cuda import launch
+from runtime.backends.cuda.array import expect
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.specs import DType
 
@@ -25,8 +26,8 @@ class ClipKernels:
 
     def layer_norm(self, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, out: DeviceArray, *, eps: float) -> None:
         """`out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`: x f32 [N, D], weight and bias f32 [D], out bf16."""
-        _expect(x, DType.F32, x.shape)
-        _expect(out, DType.BF16, x.shape)
+        expect(x, DType.F32, x.shape)
+        expect(out, DType.BF16, x.shape)
         self._norm("layer_norm_bf16", x, weight, bias, out, eps, x=x)
 
     def residual_layer_norm(
@@ -42,8 +43,8 @@ class ClipKernels:
     ) -> None:
         """`residual_out = residual + x`, all f32 [N, D], and its `layer_norm` in bf16; residual_out may be residual itself."""
         for array in (residual, x, residual_out):
-            _expect(array, DType.F32, x.shape)
-        _expect(out, DType.BF16, x.shape)
+            expect(array, DType.F32, x.shape)
+        expect(out, DType.BF16, x.shape)
         given = {"x": x, "residual": residual, "residual_out": residual_out}
         self._norm("residual_layer_norm_bf16", x, weight, bias, out, eps, **given)
 
@@ -60,10 +61,10 @@ class ClipKernels:
     ) -> None:
         """The layer norm of `concat(first, x) + positions`, all f32: first [1, D], x [N, D], positions and out [N + 1, D]."""
         (rows, columns) = x.shape
-        _expect(first, DType.F32, (1, columns))
-        _expect(x, DType.F32, (rows, columns))
+        expect(first, DType.F32, (1, columns))
+        expect(x, DType.F32, (rows, columns))
         for array in (positions, out):
-            _expect(array, DType.F32, (rows + 1, columns))
+            expect(array, DType.F32, (rows + 1, columns))
         self._norm("embed_tokens_f32", positions, weight, bias, out, eps, x=x, residual=positions, first=first)
 
     def _norm(
@@ -81,13 +82,8 @@ class ClipKernels:
         first: DeviceArray | None = None,
     ) -> None:
         for vector in (weight, bias):
-            _expect(vector, DType.F32, rows.shape[1:])
+            expect(vector, DType.F32, rows.shape[1:])
         self._module.launch(
             name, launch.LAYER_NORM, rows,
             x=x, residual=residual, residual_out=residual_out, first=first, weight=weight, bias=bias, out=out, eps=eps,
         )  # fmt: skip
-
-
-def _expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:
-    if array.dtype is not dtype or array.shape != shape:
-        raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")

@@ -8,6 +8,7 @@ D is a multiple of 8. FP8 is E4M3: stored value = value / scale, saturating at 4
 from dataclasses import replace
 
 from runtime.backends.cuda import launch
+from runtime.backends.cuda.array import expect
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.specs import DType
 
@@ -72,8 +73,8 @@ class Kernels:
 
         residual_out may be residual itself. With num_clean, each of gate, gain and shift has one row for all, or two as in `norm`.
         """
-        _expect(residual, DType.BF16, x.shape)
-        _expect(residual_out, DType.BF16, x.shape)
+        expect(residual, DType.BF16, x.shape)
+        expect(residual_out, DType.BF16, x.shape)
         residuals = (residual, residual_out, gate)
         self._norm("residual_norm", x, gain, shift, out, out_scale, add_one, eps, residuals, num_clean=num_clean)
 
@@ -88,7 +89,7 @@ class Kernels:
     ) -> None:
         """`out = residual + x * gate` (no gate: 1; with num_clean, two rows as in `norm`); out may be residual or x."""
         for array in (x, residual, out):
-            _expect(array, DType.BF16, x.shape)
+            expect(array, DType.BF16, x.shape)
         by_row = "" if num_clean is None else "_by_row"
         self._module.launch(
             f"gated_residual{by_row}", launch.GATED_RESIDUAL, x, x=x, residual=residual,
@@ -112,16 +113,16 @@ class Kernels:
         weight, 72 at D = 5120, where E4M3 ends at 448 and is as fine for 0.1 as it is for 100 (relative error 2.65e-2 for normal
         numbers of any spread from 0.1 to 3).
         """
-        _expect(x, DType.BF16, x.shape)
+        expect(x, DType.BF16, x.shape)
         head_dim, rest = divmod(x.shape[1], num_heads)
         if rest or head_dim % 2:
             raise ValueError(f"{num_heads} heads of {x.shape[1]} columns")
         for table in (rope_cos, rope_sin):
             if table is not None:
-                _expect(table, DType.F32, (x.shape[0], head_dim // 2))
+                expect(table, DType.F32, (x.shape[0], head_dim // 2))
         if rope_cos is not None and (rope_sin is None or rope_sin.row_stride != rope_cos.row_stride):
             raise ValueError("rope_cos and rope_sin belong together, with the same row stride")
-        _expect(out, out.dtype, x.shape)
+        expect(out, out.dtype, x.shape)
         self._module.launch(
             f"qk_norm_rope_{_suffix(out)}", launch.ROPE, x,
             period=head_dim, aligned=rope_cos is None or (head_dim % 8 == 0 and rope_cos.row_stride % 4 == 0),
@@ -132,9 +133,9 @@ class Kernels:
 
     def quantize_rows(self, x: DeviceArray, out: DeviceArray, out_scale: DeviceArray) -> None:
         """x as fp8 with one scale a row, amax / 448, in out_scale [N]; up to 16,384 columns."""
-        _expect(x, DType.BF16, x.shape)
-        _expect(out, DType.F8_E4M3, x.shape)
-        _expect(out_scale, DType.F32, x.shape[:1])
+        expect(x, DType.BF16, x.shape)
+        expect(out, DType.F8_E4M3, x.shape)
+        expect(out_scale, DType.F32, x.shape[:1])
         most = MAX_QUANTIZED_COLUMNS
         self._module.launch("quantize_rows", launch.QUANTIZE_ROWS, x, most=most, x=x, out=out, out_scale=out_scale.pointer)
 
@@ -152,11 +153,11 @@ class Kernels:
         if num_rows > GEMV_ROWS or weight.dtype not in (DType.F32, DType.BF16):
             raise ValueError(f"gemv takes up to {GEMV_ROWS} rows and f32 or bf16 weights, not {num_rows} and {weight.dtype}")
         num_outputs = weight.shape[0]
-        _expect(x, DType.F32, x.shape)
-        _expect(weight, weight.dtype, (num_outputs, num_columns))
-        _expect(out, DType.F32, (num_rows, num_outputs))
+        expect(x, DType.F32, x.shape)
+        expect(weight, weight.dtype, (num_outputs, num_columns))
+        expect(out, DType.F32, (num_rows, num_outputs))
         if bias is not None:
-            _expect(bias, DType.F32, (num_outputs,))
+            expect(bias, DType.F32, (num_outputs,))
         self._module.launch(
             f"gemv_{_suffix(weight)}", launch.GEMV, x,
             blocks=-(-num_outputs // (GEMV_THREADS // 32 * GEMV_OUTPUTS_PER_WARP)), threads=GEMV_THREADS,
@@ -167,23 +168,23 @@ class Kernels:
         """`out = a + b`, all f32, of any width; a or b may have a single row, which is then added to every row of the other."""
         rows = max(a.shape[0], b.shape[0])
         for array in (a, b):
-            _expect(array, DType.F32, (array.shape[0] if array.shape[0] == 1 else rows, out.shape[1]))
-        _expect(out, DType.F32, (rows, out.shape[1]))
+            expect(array, DType.F32, (array.shape[0] if array.shape[0] == 1 else rows, out.shape[1]))
+        expect(out, DType.F32, (rows, out.shape[1]))
         for start in range(0, out.shape[1], launch.MAX_COLUMNS):
             parts = [array.columns(start, min(start + launch.MAX_COLUMNS, array.shape[1])) for array in (a, b, out)]
             self._module.launch("add", launch.ADD, parts[2], a=_broadcast(parts[0]), b=_broadcast(parts[1]), out=parts[2])
 
     def gelu(self, x: DeviceArray, out: DeviceArray) -> None:
         """The exact GELU of x, both bf16; cuBLASLt's epilogue has the tanh approximation, which is up to 4.7e-4 away from it."""
-        _expect(x, DType.BF16, x.shape)
-        _expect(out, DType.BF16, x.shape)
+        expect(x, DType.BF16, x.shape)
+        expect(out, DType.BF16, x.shape)
         self._module.launch("gelu", launch.GELU, x, x=x, out=out)
 
     def convert(self, x: DeviceArray, out: DeviceArray) -> None:
         """x in out's dtype: f32 to bf16 or bf16 to f32."""
         if {x.dtype, out.dtype} != {DType.F32, DType.BF16}:
             raise ValueError(f"convert goes between f32 and bf16, not from {x.dtype} to {out.dtype}")
-        _expect(out, out.dtype, x.shape)
+        expect(out, out.dtype, x.shape)
         self._module.launch(f"convert_{_suffix(x)}_{_suffix(out)}", launch.CONVERT, x, x=x, out=out)
 
     def _norm(
@@ -201,12 +202,12 @@ class Kernels:
         num_clean: DeviceArray | None,
     ) -> None:
         num_rows, num_columns = x.shape
-        _expect(x, DType.BF16, x.shape)
-        _expect(out, out.dtype, x.shape)
+        expect(x, DType.BF16, x.shape)
+        expect(out, out.dtype, x.shape)
         if out.dtype is DType.F8_E4M3:
             if out_scale is None:
                 raise ValueError(f"{name}: fp8 rows need out_scale")
-            _expect(out_scale, DType.F32, (num_rows,))
+            expect(out_scale, DType.F32, (num_rows,))
         by_row = "" if num_clean is None else "_by_row"
         gate, gain_rows, shift_rows = (_vectors(array, num_columns, num_clean) for array in (residual[2], gain, shift))
         self._module.launch(
@@ -222,11 +223,6 @@ _SUFFIXES = {DType.BF16: "bf16", DType.F32: "f32", DType.F8_E4M3: "fp8"}
 
 def _suffix(array: DeviceArray) -> str:
     return _SUFFIXES[array.dtype]
-
-
-def _expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:
-    if array.dtype is not dtype or array.shape != shape:
-        raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")
 
 
 def _vector(array: DeviceArray | None, size: int) -> DeviceArray | None:
@@ -247,7 +243,7 @@ def _vectors(array: DeviceArray | None, size: int, num_clean: DeviceArray | None
 def _count(num_clean: DeviceArray | None) -> int | None:
     if num_clean is None:
         return None
-    _expect(num_clean, DType.I64, (1,))
+    expect(num_clean, DType.I64, (1,))
     return num_clean.pointer
 
 

@@ -4,6 +4,7 @@ Arrays are as in `runtime.backends.cuda.kernels`: matrices with any `row_stride`
 """
 
 from runtime.backends.cuda import launch
+from runtime.backends.cuda.array import expect
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.errors import EngineError
 from runtime.specs import DType
@@ -35,7 +36,7 @@ class TextKernels:
         """`out = x / sqrt(mean(x²) + eps) * weight`: x f32 [N, D], weight f32 [D], out bf16 or f32."""
         if out.dtype not in _NORM_OUTPUTS:
             raise ValueError(f"rms_norm writes bf16 or f32, not {out.dtype}")
-        _expect(out, out.dtype, x.shape)
+        expect(out, out.dtype, x.shape)
         self._norm(_NORM_OUTPUTS[out.dtype], x, weight, out, eps)
 
     def residual_rms_norm(
@@ -49,15 +50,15 @@ class TextKernels:
         eps: float,
     ) -> None:
         """`residual_out = residual + x`, all f32 [N, D], and its `rms_norm` in bf16; residual_out may be residual itself."""
-        _expect(residual, DType.F32, x.shape)
-        _expect(residual_out, DType.F32, x.shape)
-        _expect(out, DType.BF16, x.shape)
+        expect(residual, DType.F32, x.shape)
+        expect(residual_out, DType.F32, x.shape)
+        expect(out, DType.BF16, x.shape)
         self._norm("residual_rms_norm_bf16", x, weight, out, eps, residual, residual_out)
 
     def gated_gelu(self, gate: DeviceArray, x: DeviceArray, out: DeviceArray) -> None:
         """`out = gelu_tanh(gate) * x`, all bf16 [N, D], D up to 16,384."""
         for array in (gate, x, out):
-            _expect(array, DType.BF16, x.shape)
+            expect(array, DType.BF16, x.shape)
         self._module.launch("gated_gelu", launch.GATED_GELU, x, most=MAX_GATED_COLUMNS, gate=gate, x=x, out=out)
 
     def biased_attention(
@@ -81,9 +82,9 @@ class TextKernels:
         tokens, columns = query.shape
         num_buckets = position_table.shape[0]
         for array in (query, key, value, out):
-            _expect(array, DType.BF16, query.shape)
-        _expect(position_table, DType.F32, (num_buckets, num_heads))
-        _expect(position_buckets, DType.I64, (tokens, tokens))
+            expect(array, DType.BF16, query.shape)
+        expect(position_table, DType.F32, (num_buckets, num_heads))
+        expect(position_buckets, DType.I64, (tokens, tokens))
         if not (position_table.is_contiguous and position_buckets.is_contiguous):
             raise ValueError("position_table and position_buckets must be contiguous")
         head_dim, rest = divmod(columns, num_heads)
@@ -111,14 +112,9 @@ class TextKernels:
         residual: DeviceArray | None = None,
         residual_out: DeviceArray | None = None,
     ) -> None:
-        _expect(x, DType.F32, x.shape)
-        _expect(weight, DType.F32, x.shape[1:])
+        expect(x, DType.F32, x.shape)
+        expect(weight, DType.F32, x.shape[1:])
         self._module.launch(
             name, launch.RMS_NORM, x,
             x=x, residual=residual, residual_out=residual_out, weight=weight, out=out, eps=eps,
         )  # fmt: skip
-
-
-def _expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:
-    if array.dtype is not dtype or array.shape != shape:
-        raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")
