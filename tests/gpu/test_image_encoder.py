@@ -1,34 +1,26 @@
 """The image encoder on the GPU: its norms against their formula in float64, stages and whole encoders against the fp32 modules."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from engines.targets.cuda.lower import lower_stage
-from export.graphs import stage_graph
 from export.layouts import image_encoder_tensors
-from export.pack import pack_plan, write_weights
 from runtime.backends.cuda.clip_kernels import ClipKernels
 from runtime.backends.cuda.device import Device
 from runtime.component import Component
 from runtime.errors import EngineError
 from runtime.image_encoder import encode_images
-from runtime.precision import in_precision
-from runtime.specs import DType, Precision
-from runtime.stages.image_encoder import image_encoder_stages
-from runtime.strict_json import encode
-from runtime.variants import VARIANTS, ImageEncoderArch, Variant
-from runtime.weights import WeightStore
+from runtime.specs import DType
+from runtime.variants import VARIANTS, ImageEncoderArch
 from tests.gpu.bits import Array
 from tests.gpu.conftest import kernels_for_this_gpu
+from tests.gpu.networks import open_cuda
 from tests.gpu.references import EPS, Bench, assert_rounded, f32_noise, layer_norm
-from tests.harness import DictSource, open_network, relative_error
+from tests.harness import open_network, relative_error
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.gpu
@@ -111,7 +103,10 @@ def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     variant = replace(VARIANTS["wan2.1-t2v-1.3b"], image_encoder=arch)
     tensors = random_weights(arch, seed=3)
     folder = tmp_path_factory.mktemp("image_encoder")
-    with open_network(variant, "image_encoder", tensors, folder / "cpu") as cpu, open_cuda(variant, tensors, folder) as gpu:
+    with (
+        open_network(variant, "image_encoder", tensors, folder / "cpu") as cpu,
+        open_cuda(variant, "image_encoder", tensors, folder) as gpu,
+    ):
         yield Networks(arch, cpu, gpu)
 
 
@@ -149,26 +144,6 @@ def test_an_image_gives_the_same_bits_again_and_beside_another(networks: Network
     together, again = (encode_images(gpu, pixels, arch) for _ in range(2))
     np.testing.assert_array_equal(together, again)
     np.testing.assert_array_equal(together[: arch.num_tokens], encode_images(gpu, pixels[:1], arch))
-
-
-@contextmanager
-def open_cuda(variant: Variant, tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[Component]:
-    """The image encoder of a variant on the GPU, in bf16, with the given weights."""
-    from runtime.backends.cuda.engine import CudaBackend
-
-    arch = variant.image_encoder
-    assert arch is not None
-    stages = [in_precision(stage, Precision.BF16) for stage in image_encoder_stages(arch)]
-    files = {}
-    for fp32, stage in zip(image_encoder_stages(arch), stages, strict=True):
-        files[stage.name] = folder / f"{stage.name}.plan.json"
-        files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
-    weights = folder / "weights.safetensors"
-    write_weights(DictSource(tensors), pack_plan(stages, num_blocks=arch.num_blocks), weights)
-    with CudaBackend(kernels_for_this_gpu()) as backend:
-        store = WeightStore(weights, stages, backend, num_blocks=arch.num_blocks)
-        with Component(backend, stages, files, store) as component:
-            yield component
 
 
 def random_weights(arch: ImageEncoderArch, *, seed: int) -> dict[str, torch.Tensor]:

@@ -1,34 +1,27 @@
 """The text encoder on the GPU: each of its kernels against its formula in float64, and whole encoders against the fp32 modules."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engines.targets.cuda.lower import lower_stage
-from export.graphs import stage_graph
 from export.layouts import text_encoder_tensors
-from export.pack import pack_plan, write_weights
 from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.text_kernels import TextKernels
 from runtime.component import Component
 from runtime.errors import EngineError
-from runtime.precision import in_precision
-from runtime.specs import DType, Precision
-from runtime.stages.text_encoder import TOKEN_EMBEDDING, text_encoder_stages
-from runtime.strict_json import encode
+from runtime.specs import DType
+from runtime.stages.text_encoder import TOKEN_EMBEDDING
 from runtime.text_encoder import encode_prompts, relative_position_buckets
-from runtime.variants import VARIANTS, TextEncoderArch, Variant
-from runtime.weights import WeightStore
+from runtime.variants import VARIANTS, TextEncoderArch
 from tests.gpu.bits import Array
 from tests.gpu.conftest import kernels_for_this_gpu
+from tests.gpu.networks import open_cuda
 from tests.gpu.references import EPS, Bench, assert_rounded, bf16_noise, f32_noise
-from tests.harness import DictSource, open_network, relative_error
+from tests.harness import open_network, relative_error
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.gpu
@@ -147,7 +140,10 @@ def networks(
     variant = replace(VARIANTS["wan2.1-t2v-1.3b"], text_encoder=arch)
     tensors = random_weights(arch, seed=3)
     folder = tmp_path_factory.mktemp("text_encoder")
-    with open_network(variant, "text_encoder", tensors, folder / "cpu") as cpu, open_cuda(variant, tensors, folder) as gpu:
+    with (
+        open_network(variant, "text_encoder", tensors, folder / "cpu") as cpu,
+        open_cuda(variant, "text_encoder", tensors, folder) as gpu,
+    ):
         yield arch, tensors[TOKEN_EMBEDDING].numpy(), cpu, gpu
 
 
@@ -175,25 +171,6 @@ def test_a_prompt_gives_the_same_bits_again_and_beside_others(
     np.testing.assert_array_equal(together[0], alone[0])
     for first, second in zip(together, again, strict=True):
         np.testing.assert_array_equal(first, second)
-
-
-@contextmanager
-def open_cuda(variant: Variant, tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[Component]:
-    """The text encoder of a variant on the GPU, in bf16, with the given weights."""
-    from runtime.backends.cuda.engine import CudaBackend
-
-    arch = variant.text_encoder
-    stages = [in_precision(stage, Precision.BF16) for stage in text_encoder_stages(arch)]
-    files = {}
-    for fp32, stage in zip(text_encoder_stages(arch), stages, strict=True):
-        files[stage.name] = folder / f"{stage.name}.plan.json"
-        files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
-    weights = folder / "weights.safetensors"
-    write_weights(DictSource(tensors), pack_plan(stages, num_blocks=arch.num_layers), weights)
-    with CudaBackend(kernels_for_this_gpu()) as backend:
-        store = WeightStore(weights, stages, backend, num_blocks=arch.num_layers)
-        with Component(backend, stages, files, store) as component:
-            yield component
 
 
 def random_weights(arch: TextEncoderArch, *, seed: int) -> dict[str, torch.Tensor]:

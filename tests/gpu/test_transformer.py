@@ -1,7 +1,6 @@
 """The `cuda` target's transformer against the fp32 module on the CPU: every stage, and whole predictions."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from engines.targets.cuda.lower import lower_stage
-from export.graphs import stage_graph
 from export.layouts import transformer_tensors
 from export.modules.transformer import TRANSFORMER_MODULES
-from export.pack import pack_plan, write_weights
+from export.pack import pack_plan
 from runtime.component import Component
 from runtime.precision import in_precision
 from runtime.schedulers import Conventions
 from runtime.specs import DType, Precision, StageSpec, TensorSpec
 from runtime.stages.transformer import transformer_stages
-from runtime.strict_json import encode
 from runtime.transformer import Transformer
-from runtime.variants import VARIANTS, TransformerArch, Variant
-from runtime.weights import WeightStore
+from runtime.variants import VARIANTS, TransformerArch
 from tests.gpu.bits import from_bits
-from tests.gpu.conftest import kernels_for_this_gpu
-from tests.harness import DictSource, open_network, relative_error
+from tests.gpu.networks import open_cuda
+from tests.harness import open_network, relative_error
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.gpu
@@ -68,35 +63,9 @@ def networks(
     folder = tmp_path_factory.mktemp("networks")
     with (
         open_network(variant, "transformer", tensors, folder / "cpu") as cpu,
-        open_cuda(variant, tensors, precision, folder) as gpu,
+        open_cuda(variant, "transformer", tensors, folder, precision=precision) as gpu,
     ):
         yield arch, cpu, gpu
-
-
-@contextmanager
-def open_cuda(
-    variant: Variant,
-    tensors: dict[str, torch.Tensor],
-    precision: Precision,
-    folder: Path,
-    *,
-    attention: Precision = Precision.BF16,
-) -> Iterator[Component]:
-    """The transformer of a variant on the GPU, with the given weights in the given precision."""
-    from runtime.backends.cuda.engine import CudaBackend
-
-    arch = variant.transformer
-    stages = [in_precision(stage, precision) for stage in transformer_stages(arch)]
-    files = {}
-    for fp32, stage in zip(transformer_stages(arch), stages, strict=True):
-        files[stage.name] = folder / f"{stage.name}.plan.json"
-        files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
-    weights = folder / "weights.safetensors"
-    write_weights(DictSource(tensors), pack_plan(stages, num_blocks=arch.num_layers), weights)
-    with CudaBackend(kernels_for_this_gpu(), attention=attention) as backend:
-        store = WeightStore(weights, stages, backend, num_blocks=arch.num_layers)
-        with Component(backend, stages, files, store) as component:
-            yield component
 
 
 def test_whole_prediction_matches_the_cpu(
@@ -143,7 +112,7 @@ def test_stages_around_fp8_attention_match_their_fp32_modules(
         TOY.dim, generator=torch.Generator().manual_seed(9)
     )  # columns with a mean
     stages = {stage.name: stage for stage in transformer_stages(TOY)}
-    with open_cuda(variant, weights, precision, tmp_path, attention=Precision.FP8) as gpu:
+    with open_cuda(variant, "transformer", weights, tmp_path, precision=precision, attention=Precision.FP8) as gpu:
         known: dict[str, Any] = {}  # what the stages gave, by name, on the device
         for name in ("transformer.block_in", "transformer.attention", "transformer.block_out"):
             stage = in_precision(stages[name], precision)
@@ -168,7 +137,7 @@ def test_fp8_attention_stays_near_bf16_attention(tmp_path: Path) -> None:
     latents = np.random.default_rng(2).standard_normal(LATENTS, np.float32)
     results = []
     for attention in (Precision.BF16, Precision.FP8):
-        with open_cuda(variant, tensors, Precision.FP8, tmp_path, attention=attention) as gpu:
+        with open_cuda(variant, "transformer", tensors, tmp_path, precision=Precision.FP8, attention=attention) as gpu:
             transformer = Transformer(gpu, arch, LATENTS, conventions=Conventions.ORIGINAL)
             prompt = transformer.encode_text(np.ones((3, arch.text_dim), np.float32))
             results.append(transformer.predict(latents, 500, [prompt])[0])

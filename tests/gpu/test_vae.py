@@ -1,34 +1,26 @@
 """The VAE on the GPU: its kernels against their formulas in float64, and whole streams against the fp32 engines."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engines.targets.cuda.lower import lower_stage
-from export.graphs import stage_graph
 from export.layouts import vae_diffusers_names
-from export.pack import pack_plan, write_weights
 from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.backends.cuda.linear import Linear
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.component import Component
-from runtime.precision import in_precision
-from runtime.specs import DType, Precision, StageSpec
-from runtime.stages import network_stages
+from runtime.specs import DType, StageSpec
 from runtime.stages.vae import vae_encoder_stages, vae_stages
-from runtime.strict_json import encode
 from runtime.vae import decode_stream, encode_stream, normalise, unnormalise
-from runtime.variants import VaeArch, Variant
-from runtime.weights import WeightStore
+from runtime.variants import VaeArch
 from tests.gpu.bits import Array
 from tests.gpu.conftest import kernels_for_this_gpu
-from tests.harness import DictSource, relative_error
+from tests.gpu.networks import open_cuda
+from tests.harness import relative_error
 from tests.tolerances import TOLERANCES
 from tests.toys import ToyConfig, make_vae, original_tensors
 from tests.vaes import eager_stages, frame_groups, random_frames, random_latents, toy_variant
@@ -69,24 +61,6 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         open_cuda(variant, "vae_encoder", tensors, folder) as encoder,
     ):
         yield Opened(config.vae, tensors, decoder, encoder)
-
-
-@contextmanager
-def open_cuda(variant: Variant, network: str, tensors: dict[str, torch.Tensor], folder: Path) -> Iterator[Component]:
-    from runtime.backends.cuda.engine import CudaBackend
-
-    stages = [in_precision(stage, Precision.BF16) for stage in network_stages(variant, network)]
-    files = {}
-    for fp32, stage in zip(network_stages(variant, network), stages, strict=True):
-        files[stage.name] = folder / f"{stage.name}.plan.json"
-        files[stage.name].write_text(encode(lower_stage(stage_graph(variant, fp32), stage)))
-    weights = folder / f"{network}.safetensors"
-    write_weights(DictSource(tensors), pack_plan(stages, num_blocks=0), weights)
-    with (
-        CudaBackend(kernels_for_this_gpu()) as backend,
-        Component(backend, stages, files, WeightStore(weights, stages, backend, num_blocks=0)) as component,
-    ):
-        yield component
 
 
 def eager_chunks(opened: Opened, stages: tuple[StageSpec, ...], chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
