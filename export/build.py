@@ -80,7 +80,9 @@ def _build(
         }
     )
     stages = sum(len(network_stages(variant, network)) for network in networks(variant))
-    total = sum(stages + len(architectures(plan, request.architectures)) for plan in plans)
+    total = stages * len(plans) + sum(
+        len(architectures(plan, request.architectures, request.precision)) for plan in plans if plan.compile_kernels is not None
+    )
     total += len(packs) + 1 if checkpoint else 0
     builder = Builder(store, request, variant, checkpoint, total=total, on_event=on_event)
     conventions, scheduler = _sampling(checkpoint)
@@ -135,8 +137,9 @@ def _target_plans(request: BuildRequest) -> list[TargetPlan]:
             hint="leave --precision out for the default",
         )
     known = dict.fromkeys(architecture for plan in plans for architecture in plan.architectures)
-    if unknown := [architecture for architecture in request.architectures if architecture not in known]:
-        possible = ", ".join(known) or "none: it compiles no kernels"
+    tells_itself = any(plan.find_architecture is not None for plan in plans)
+    if unknown := [architecture for architecture in request.architectures if architecture not in known and not tells_itself]:
+        possible = ", ".join(known) or "none: it compiles nothing"
         raise RequestError(
             f"architecture {unknown[0]}: target {', '.join(request.targets)} has {possible}", hint="leave --arch out for all"
         )

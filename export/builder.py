@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.plan import TargetPlan, architectures, network_precisions
+from engines.plan import EngineOptions, TargetPlan, architectures, network_precisions
+from engines.profiles import bounded, stage_profile
 from engines.store import BundleStore, content_key
 from runtime.bundle import file_sha256
 from runtime.errors import BuildError
@@ -36,6 +37,7 @@ _ENGINE_SOURCES = (
     "runtime/specs.py",
     "runtime/precision.py",
     "runtime/backends/cuda/plan.py",
+    "runtime/backends/engine_file.py",
 )
 
 
@@ -48,7 +50,7 @@ class BuildRequest:
         variant: name from `VARIANTS`; required without a checkpoint, detected with one.
         targets, precision: what to build for; `precision` None takes each target's default.
         sizes: the sizes the engines must take; None for any.
-        architectures: GPU architectures to compile kernels for; empty for all that a target has.
+        architectures: GPU architectures to compile for; empty for all that a target has.
     """
 
     out: Path
@@ -95,6 +97,8 @@ class Builder:
         """Every stage's engine of one target, and its kernels."""
         precisions = network_precisions(plan, self._variant, self._request.precision)
         versions = {name: _tool_version(name, plan) for name in plan.tools}
+        chosen = architectures(plan, self._request.architectures, self._request.precision)
+        sizes = self._request.sizes if plan.sizes is None else bounded(self._request.sizes)
         facts: dict[str, object] = {
             "target": plan.name,
             "tools": versions,
@@ -102,15 +106,15 @@ class Builder:
         }
         return Target(
             precisions=precisions,
-            sizes=self._request.sizes,
+            sizes=sizes,
             engines={
-                stage.name: self._engine(plan, stage, precisions[network], facts)
+                stage.name: self._engine(plan, stage, precisions[network], self._options(plan, stage, chosen, sizes), facts)
                 for network in networks(self._variant)
                 for stage in network_stages(self._variant, network)
             },
             kernels={
                 architecture: self._kernels(plan, architecture, facts)
-                for architecture in architectures(plan, self._request.architectures)
+                for architecture in (chosen if plan.compile_kernels is not None else ())
             },
             tool_versions=versions,
         )
@@ -147,14 +151,23 @@ class Builder:
 
         return self._artefact("tokenizer.json", key=content_key(tokenizer=digest), build=copy).file
 
-    def _engine(self, plan: TargetPlan, stage: StageSpec, precision: Precision, facts: Mapping[str, object]) -> Artefact:
+    def _options(self, plan: TargetPlan, stage: StageSpec, chosen: tuple[str, ...], sizes: SizeRange | None) -> EngineOptions:
+        """What a stage's engine is compiled for; nothing where engines take any size and the kernels are apart."""
+        if plan.sizes is None or sizes is None:
+            return EngineOptions()
+        return EngineOptions(architectures=chosen, profile=stage_profile(stage, self._variant, sizes))
+
+    def _engine(
+        self, plan: TargetPlan, stage: StageSpec, precision: Precision, options: EngineOptions, facts: Mapping[str, object]
+    ) -> Artefact:
         network = plan.networks[stage.network]
 
         def build(file: Path) -> None:
-            file.write_bytes(network.build_engine(self._graph(stage), in_precision(stage, precision)))
+            file.write_bytes(network.build_engine(self._graph(stage), in_precision(stage, precision), options))
 
         arch = dataclasses.asdict(network_arch(self._variant, stage.network))
-        key = content_key(stage=dataclasses.asdict(stage), arch=arch, precision=precision, **facts)
+        built_for = dataclasses.asdict(options)
+        key = content_key(stage=dataclasses.asdict(stage), arch=arch, precision=precision, options=built_for, **facts)
         return self._artefact(f"engines/{plan.name}/{stage.name}{network.suffix}", key=key, build=build).file
 
     def _graph(self, stage: StageSpec) -> "onnx.ModelProto":

@@ -180,7 +180,7 @@ def _channels_last(source: PackSource, packed: PackedTensor) -> memoryview:
             f"{name}: the checkpoint has {list(source.shape(name))}, the engines want {list(packed.shape)}, and finite values"
         )
     sides = [side for margin in reversed(margins) for side in (0, margin)]
-    padded = functional.pad(values, sides).to(TORCH_DTYPES[packed.dtype])
+    padded = _narrowed(functional.pad(values, sides), packed)
     data: NDArray[np.uint8] = padded.contiguous().view(torch.uint8).numpy()
     return data.data
 
@@ -188,10 +188,18 @@ def _channels_last(source: PackSource, packed: PackedTensor) -> memoryview:
 def _converted(values: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
     """Rows, float32, in the element type of the bundle; FP8 rows divided by their scales, or those scales."""
     if not (packed.row_scales or packed.dtype is DType.F8_E4M3):
-        return values.to(TORCH_DTYPES[packed.dtype])
+        return _narrowed(values, packed)
     scales = values.abs().amax(dim=1, keepdim=True) / FP8_MAX
     scales[scales == 0] = 1  # a row of zeros
     return scales if packed.row_scales else (values / scales).to(torch.float8_e4m3fn)
+
+
+def _narrowed(values: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    """Values, finite float32, in the element type of the bundle."""
+    narrow = values.to(TORCH_DTYPES[packed.dtype])
+    if packed.dtype is DType.F16 and not torch.isfinite(narrow).all():
+        raise ExportError(f"{packed.name}: holds {values.abs().max():.3g}, beyond fp16's 65,504", hint="build it in bf16")
+    return narrow
 
 
 def _write(file: BinaryIO, data: bytes | memoryview, digest: "hashlib._Hash") -> None:

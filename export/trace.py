@@ -24,6 +24,7 @@ TORCH_DTYPES = {
     DType.BF16: torch.bfloat16,
     DType.F8_E4M3: torch.float8_e4m3fn,
     DType.I64: torch.int64,
+    DType.U8: torch.uint8,
 }
 ONNX_DTYPES = {
     DType.F32: onnx.TensorProto.FLOAT,
@@ -31,6 +32,7 @@ ONNX_DTYPES = {
     DType.BF16: onnx.TensorProto.BFLOAT16,
     DType.F8_E4M3: onnx.TensorProto.FLOAT8E4M3FN,
     DType.I64: onnx.TensorProto.INT64,
+    DType.U8: onnx.TensorProto.UINT8,
 }
 _EXAMPLE_EXTENTS = (
     6,

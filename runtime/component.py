@@ -41,6 +41,10 @@ class Component:
             self.close()
             raise
 
+    def stage(self, name: str) -> StageSpec:
+        """A stage as it is declared in the precision in which it runs."""
+        return self._stages[name]
+
     def run(
         self, stage: str, inputs: Mapping[str, DeviceTensor], *, block: int | None = None, consumed: Collection[str] = ()
     ) -> dict[str, DeviceTensor]:

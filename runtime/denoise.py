@@ -73,10 +73,11 @@ def denoise(
     table = [expert for expert, _ in experts]
     latents = conditions.impose(latents)
     steps = enumerate(float(timestep) for timestep in schedule.timesteps)
-    for chosen, expert_steps in groupby(steps, key=lambda step: select_expert(step[1], table)):
-        expert, guidance = experts[chosen]
+    for chosen, group in groupby(steps, key=lambda step: select_expert(step[1], table)):
+        (expert, guidance), expert_steps = experts[chosen], list(group)
         with ExitStack() as stack:
             transformer = open_expert(expert, stack)
+            transformer.embed_times(timestep for _, timestep in expert_steps)
             prompts = [transformer.encode_text(prompt_embeds)]
             if guidance.unguided_pass:
                 assert negative_embeds is not None

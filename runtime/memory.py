@@ -1,7 +1,7 @@
 """Device memory as a budget: what a generation needs, component by component, and the peak that follows, before anything is allocated."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from runtime.errors import DeviceMemoryError, RequestError
 from runtime.residency import NUM_SLOTS, Ledger, Residency, Unit, choose_residency, least_bytes
@@ -30,6 +30,11 @@ class Need:
     component: str
     units: tuple[Unit, ...]
     layout: Layout
+    num_strips: int = 1
+    """In how many strips of a frame the work is done; see `runtime.strips`."""
+    most_strips: int = 1
+    in_strips: Callable[[int], Layout] | None = None
+    """The layout of the same work in so many strips; asked only where memory is short."""
 
     @property
     def work_bytes(self) -> int:
@@ -42,6 +47,20 @@ class Need:
     @property
     def least_bytes(self) -> int:
         return self.work_bytes + least_bytes(self.units)
+
+    def within(self, room: int) -> "Need":
+        """The same in the least number of strips that needs no more than `room` bytes; in the most, where none does."""
+        if self.least_bytes <= room or self.in_strips is None:
+            return self
+        most = self._cut(self.most_strips)
+        if most.least_bytes > room:
+            return min(self, most, key=lambda need: need.least_bytes)
+        fewer = map(self._cut, range(2, self.most_strips))
+        return next((need for need in fewer if need.least_bytes <= room), most)
+
+    def _cut(self, num_strips: int) -> "Need":
+        assert self.in_strips is not None
+        return self if num_strips == 1 else replace(self, layout=self.in_strips(num_strips), num_strips=num_strips)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +75,8 @@ class ComponentPlan:
         units, resident = self.need.units, self.residency.resident
         blocks = [i for i, unit in enumerate(units) if unit.block is not None and not unit.per_prompt]
         kept = f", {len(resident.intersection(blocks))} of {len(blocks)} blocks resident" if blocks else ""
-        return f"{self.need.component}: {gib(self.peak_bytes)}{kept}, {gib(self.need.work_bytes)} to work in"
+        strips = f", in {self.need.num_strips} strips" if self.need.num_strips > 1 else ""
+        return f"{self.need.component}: {gib(self.peak_bytes)}{kept}{strips}, {gib(self.need.work_bytes)} to work in"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +102,10 @@ class MemoryPlan:
     def find(self, component: str) -> ComponentPlan:
         return next(plan for plan in self.components if plan.need.component == component)
 
+    def num_strips(self, component: str) -> int:
+        """In how many strips of a frame a component works."""
+        return self.find(component).need.num_strips
+
 
 def plan_memory(needs: Sequence[Need], *, budget_bytes: int, fixed_bytes: int, held: Ledger | None = None) -> MemoryPlan:
     """Fit a generation into a budget.
@@ -94,6 +118,7 @@ def plan_memory(needs: Sequence[Need], *, budget_bytes: int, fixed_bytes: int, h
     Raises:
         DeviceMemoryError: something cannot fit even with its blocks streamed; names what is possible.
     """
+    needs = [need.within(budget_bytes - fixed_bytes) for need in needs]
     least = max(needs, key=lambda need: need.least_bytes)
     if fixed_bytes + least.least_bytes > budget_bytes:
         work = f"{gib(least.work_bytes)} to work in and {gib(least.least_bytes - least.work_bytes)} of weights"

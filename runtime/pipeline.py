@@ -38,7 +38,7 @@ from runtime.text import MAX_TOKENS, Tokenizer
 from runtime.text_encoder import encode_prompts
 from runtime.tiling import decode_tiled, encode_tiled
 from runtime.transformer import Transformer
-from runtime.vae import decode_stream, encode_stream, to_uint8
+from runtime.vae import decode_colours, encode_stream, to_uint8
 from runtime.variants import Expert
 from runtime.video import VideoWriter
 
@@ -137,10 +137,10 @@ class VideoPipeline:
         """
         job = self.resolve(request)
         clock, self._opening_seconds = StageClock(opening_seconds=self._opening_seconds), 0.0
-        self._prepare(job, on_memory)
+        plan = self._prepare(job, on_memory)
         prompts, warnings = self._encode_prompts(job, clock)
         noise = job.latents if job.latents is not None else randn(job.seed, job.latents_shape)
-        conditions, video_latents = self._condition(job, clock)
+        conditions, video_latents = self._condition(job, plan, clock)
         schedule = make_schedule(job.scheduler, conventions=job.conventions, num_steps=job.num_steps, shift=job.shift)
         schedule = schedule.without_first(job.skipped_steps)
         start = noise if video_latents is None else noisy_start(video_latents, noise, schedule.sigmas[0])
@@ -149,20 +149,22 @@ class VideoPipeline:
             on_latents(latents)
         kept: list[Frames] = [np.empty((0, job.size.height, job.size.width, 3), np.uint8)]
         take = kept.append if writer is None else writer.write
-        for frames in self._decode(job, latents, clock):
+        for frames in self._decode(job, latents, plan, clock):
             take(frames)
             if cancelled is not None and cancelled():
                 raise CancelledError("cancelled while decoding")
         report = make_report(self._opener, job, clock, warnings=warnings)
         return Video(frames=np.concatenate(kept), latents=latents, initial_latents=noise, report=report)
 
-    def _prepare(self, job: ResolvedRequest, on_memory: Callable[[MemoryPlan], None] | None) -> None:
-        """Fit the generation into the device's memory, where it has memory of its own."""
-        if self._opener.rehearse is not None:
-            needs = generation_needs(self._opener, job, self._opener.rehearse)
-            plan = self._opener.session.prepare(needs, attention=job.attention)
-            if plan is not None and on_memory is not None:
-                on_memory(plan)
+    def _prepare(self, job: ResolvedRequest, on_memory: Callable[[MemoryPlan], None] | None) -> MemoryPlan | None:
+        """Fit the generation into the device's memory; None where it has no memory of its own."""
+        if self._opener.rehearse is None:
+            return None
+        needs = generation_needs(self._opener, job, self._opener.rehearse)
+        plan = self._opener.session.prepare(needs, attention=job.attention)
+        if plan is not None and on_memory is not None:
+            on_memory(plan)
+        return plan
 
     def _encode_prompts(self, job: ResolvedRequest, clock: StageClock) -> tuple[list[Float32], tuple[str, ...]]:
         """Embeddings [len, text_dim] of the prompt and, when an expert needs it, of the negative prompt; and warnings."""
@@ -175,11 +177,11 @@ class VideoPipeline:
             embeds = encode_prompts(component, table, [text.ids for text in texts], variant.text_encoder)
         return embeds, tuple(text.warning for text in texts if text.warning)
 
-    def _condition(self, job: ResolvedRequest, clock: StageClock) -> tuple[Conditions, Float32 | None]:
+    def _condition(self, job: ResolvedRequest, plan: MemoryPlan | None, clock: StageClock) -> tuple[Conditions, Float32 | None]:
         """Conditions from the request's images, and the latents of its video."""
         variant = self.bundle.manifest.variant
         if job.video is not None:
-            return NO_CONDITIONS, self._encode_frames(job, video_inputs(job.video, job.size), clock)
+            return NO_CONDITIONS, self._encode_frames(job, video_inputs(job.video, job.size), plan, clock)
         if job.image is None:
             return NO_CONDITIONS, None
         inputs = image_inputs(job.image, job.last_image, job.size, variant=variant, conventions=job.conventions)
@@ -187,15 +189,17 @@ class VideoPipeline:
         if inputs.pixels is not None and variant.image_encoder is not None:
             with clock.stage("image_encoder"), self._opener.network("image_encoder") as (component, _):
                 features = encode_images(component, inputs.pixels, variant.image_encoder)
-        latents = self._encode_frames(job, inputs, clock)
+        latents = self._encode_frames(job, inputs, plan, clock)
         return image_conditions(latents, features, variant=variant, has_last_image=job.last_image is not None), None
 
-    def _encode_frames(self, job: ResolvedRequest, inputs: EncoderInputs, clock: StageClock) -> Float32:
+    def _encode_frames(
+        self, job: ResolvedRequest, inputs: EncoderInputs, plan: MemoryPlan | None, clock: StageClock
+    ) -> Float32:
         arch = self.bundle.manifest.variant.vae
         with clock.stage("vae_encoder"), self._opener.network("vae_encoder") as (component, _):
             if job.tile:
                 return encode_tiled(component, inputs.frames, arch, job.tile, fold=job.encoder_fold)
-            return encode_stream(component, inputs.frames, arch)
+            return encode_stream(component, inputs.frames, arch, num_strips=plan.num_strips("vae_encoder") if plan else 1)
 
     def _denoise(
         self,
@@ -234,10 +238,11 @@ class VideoPipeline:
                 cancelled=cancelled,
             )
 
-    def _decode(self, job: ResolvedRequest, latents: Float32, clock: StageClock) -> Iterator[Frames]:
-        arch = self.bundle.manifest.variant.vae
+    def _decode(self, job: ResolvedRequest, latents: Float32, plan: MemoryPlan | None, clock: StageClock) -> Iterator[Frames]:
+        arch, num_strips = self.bundle.manifest.variant.vae, plan.num_strips("vae") if plan else 1
         with self._opener.network("vae") as (component, _):
-            chunks = decode_tiled(component, latents, arch, job.tile) if job.tile else decode_stream(component, latents, arch)
-            for frames in clock.each("vae", map(to_uint8, chunks)):
+            whole = decode_colours(component, latents, arch, num_strips=num_strips)
+            chunks = map(to_uint8, decode_tiled(component, latents, arch, job.tile)) if job.tile else whole
+            for frames in clock.each("vae", chunks):
                 with clock.stage("video"):  # what the caller does with them
                     yield frames

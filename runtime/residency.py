@@ -45,9 +45,14 @@ class Unit:
         return whole_pages(self.nbytes)
 
     @property
-    def can_stream(self) -> bool:
-        """Whether it may be fetched each time it is needed: what no block hides, and every step needs, may not."""
-        return self.block is not None or self.per_prompt
+    def passes(self) -> bool:
+        """Whether it may lie among the arrays while it is used, and be gone afterwards: before the first step there is room for it."""
+        return self.block is None and self.per_prompt
+
+    @property
+    def streams(self) -> bool:
+        """Whether it may be fetched into a slot each time it is needed, while another block computes."""
+        return self.block is not None
 
 
 def weight_units(stages: Iterable[StageSpec], *, num_blocks: int) -> tuple[Unit, ...]:
@@ -94,15 +99,16 @@ class Residency:
 def least_bytes(units: Sequence[Unit]) -> int:
     """The least device memory these weights can run in."""
     whole = sum(unit.device_bytes for unit in units)
-    fixed = sum(unit.device_bytes for unit in units if not unit.can_stream)
-    slot = max((unit.device_bytes for unit in units if unit.can_stream), default=0)
+    fixed = sum(unit.device_bytes for unit in units if not (unit.streams or unit.passes))
+    slot = max((unit.device_bytes for unit in units if unit.streams), default=0)
     return min(whole, fixed + NUM_SLOTS * slot)
 
 
 def choose_residency(units: Sequence[Unit], room: int) -> Residency:
     """What to keep in `room` bytes: everything if it fits, else what every step needs first, streamed blocks spread evenly.
 
-    Evenly, because a resident block's computing time then hides the next streamed one's transfer wherever that takes longer.
+    First to go is what may pass among the arrays. Evenly, because a resident block's computing time then hides the next streamed one's
+    transfer wherever that takes longer.
 
     Raises:
         ValueError: less room than `least_bytes`.
@@ -110,9 +116,12 @@ def choose_residency(units: Sequence[Unit], room: int) -> Residency:
     sizes = [unit.device_bytes for unit in units]
     if sum(sizes) <= room:
         return Residency(resident=frozenset(range(len(units))), resident_bytes=sum(sizes), slot_bytes=0)
-    fixed = [i for i, unit in enumerate(units) if not unit.can_stream]
-    steps = [i for i, unit in enumerate(units) if unit.can_stream and not unit.per_prompt]
-    prompts = [i for i, unit in enumerate(units) if unit.per_prompt]
+    fixed = [i for i, unit in enumerate(units) if not (unit.streams or unit.passes)]
+    steps = [i for i, unit in enumerate(units) if unit.streams and not unit.per_prompt]
+    prompts = [i for i, unit in enumerate(units) if unit.streams and unit.per_prompt]
+    staying = sum(sizes[i] for i in (*fixed, *steps, *prompts))
+    if staying <= room:
+        return Residency(resident=frozenset((*fixed, *steps, *prompts)), resident_bytes=staying, slot_bytes=0)
     for candidates, kept in ((prompts, fixed + steps), ([*steps, *prompts], fixed)):
         slot = max((sizes[i] for i in candidates), default=0)
         left = room - sum(sizes[i] for i in kept) - NUM_SLOTS * slot

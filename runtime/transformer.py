@@ -1,17 +1,18 @@
 """Drives the diffusion transformer's stages, block by block.
 
 Several prompts (the guided and the unguided one) go through a block together, so a block's weights are needed once a step. What is
-constant is computed once: text keys and values per prompt, rotary tables per size, one row of time embedding per step.
+constant is computed once: text keys and values per prompt, rotary tables per size, one row of time embedding per timestep, all of them
+before the first step, so that their weights need not stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.backends.base import DeviceTensor
 from runtime.component import Component
-from runtime.geometry import Float32, patchify, rope_tables, token_grid, unpatchify
+from runtime.geometry import Float32, rope_tables, token_grid
 from runtime.schedulers.schedule import Conventions
 from runtime.variants import TransformerArch
 
@@ -53,6 +54,7 @@ class Transformer:
         cos, sin = rope_tables(self._grid, arch.head_dim)
         backend = component.backend
         self._rope = {"rope_cos": backend.to_device(cos), "rope_sin": backend.to_device(sin)}
+        self._times: dict[float, Mapping[str, Float32]] = {}
 
     def encode_text(self, prompt_embeds: Float32) -> TextKeyValues:
         """Keys and values of a prompt for every block: constant over the denoising loop.
@@ -66,6 +68,18 @@ class Transformer:
         context = self._component.run("transformer.text_embed", inputs)
         pairs = [self._component.run("transformer.text_kv", context, block=i) for i in range(self._arch.num_layers)]
         return TextKeyValues(tuple(pair["text_key"] for pair in pairs), tuple(pair["text_value"] for pair in pairs))
+
+    def embed_times(self, timesteps: Iterable[float]) -> None:
+        """Embed timesteps that `predict` will be asked for: before the first step there is room for the weights.
+
+        Each takes some 150 KB of the host.
+        """
+        backend, arch, conventions = self._component.backend, self._arch, self._conventions
+        zero = [timestep_features(0, arch.freq_dim, conventions=conventions)] if arch.per_token_timesteps else []
+        for timestep in timesteps:
+            rows = np.concatenate((*zero, timestep_features(timestep, arch.freq_dim, conventions=conventions)))
+            time = self._component.run("transformer.time_embed", {"timestep_features": backend.to_device(rows)})
+            self._times[timestep] = {name: backend.to_host(tensor) for name, tensor in time.items()}
 
     def encode_image(self, features: Float32) -> ImageKeyValues:
         """Keys and values of the images for every block: constant over the denoising loop, the same for all prompts.
@@ -96,7 +110,7 @@ class Transformer:
 
         Args:
             latents: float32 [C, T, h, w], what the variant concatenates on the channels included.
-            timestep: as the scheduler gives it, 0 to 1000.
+            timestep: as the scheduler gives it, 0 to 1000; embedded now unless `embed_times` has done so.
             image: what `encode_image` gave; required by an architecture with an image branch, and by no other.
             clean_frames: leading latent frames that hold no noise: their tokens are at timestep 0.
 
@@ -105,9 +119,12 @@ class Transformer:
         """
         if (image is None) != (self._arch.image_dim is None):
             raise ValueError(f"image {'missing' if image is None else 'given'}; image_dim is {self._arch.image_dim}")
+        if timestep not in self._times:
+            self.embed_times([timestep])
         run, backend = self._component.run, self._component.backend
-        time, rows = self._embed_time(timestep, clean_frames)
-        embedded = run("transformer.embed", {"patches": backend.to_device(patchify(latents, self._arch))})["hidden_states"]
+        time = {name: backend.to_device(value) for name, value in self._times[timestep].items()}
+        rows = self._count_clean(clean_frames)
+        embedded = run("transformer.embed", {"patches": backend.cut_patches(latents, self._arch)})["hidden_states"]
         modulation = {"time_modulation": time["time_modulation"], **rows}
         shared = self._attend(0, embedded, modulation)  # the prompts part only at the first cross-attention
         hidden = [
@@ -121,20 +138,18 @@ class Transformer:
                     block, hidden[i], self._attend(block, hidden[i], modulation), modulation, prompt, image
                 )
         heads = [run("transformer.head", {"hidden_states": states, "temb": time["temb"], **rows}) for states in hidden]
-        return [unpatchify(backend.to_host(head["noise_patches"]), self._grid, self._arch) for head in heads]
+        noise = [backend.join_patches(head["noise_patches"], self._grid, self._arch) for head in heads]
+        return [fetch() for fetch in [backend.fetch(prediction) for prediction in noise]]
 
-    def _embed_time(self, timestep: float, clean_frames: int) -> tuple[dict[str, DeviceTensor], dict[str, DeviceTensor]]:
-        """Outputs of `time_embed`, and what says which of their rows a token takes where they have two."""
-        to_device, arch = self._component.backend.to_device, self._arch
-        features = timestep_features(timestep, arch.freq_dim, conventions=self._conventions)
-        rows: dict[str, DeviceTensor] = {}
-        if arch.per_token_timesteps:
-            features = np.concatenate((timestep_features(0, arch.freq_dim, conventions=self._conventions), features))
+    def _count_clean(self, clean_frames: int) -> dict[str, DeviceTensor]:
+        """What says which row of the time embedding a token takes where it has two."""
+        if self._arch.per_token_timesteps:
             _, height, width = self._grid
-            rows["num_clean"] = to_device(np.array([clean_frames // arch.patch_size[0] * height * width]))
-        elif clean_frames:
+            count = np.array([clean_frames // self._arch.patch_size[0] * height * width])
+            return {"num_clean": self._component.backend.to_device(count)}
+        if clean_frames:
             raise ValueError(f"clean_frames={clean_frames}: this transformer has one timestep for all tokens")
-        return self._component.run("transformer.time_embed", {"timestep_features": to_device(features)}), rows
+        return {}
 
     def _attend(self, block: int, hidden_states: DeviceTensor, modulation: dict[str, DeviceTensor]) -> DeviceTensor:
         qkv = self._component.run(

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Array
-from runtime.backends.cuda.array import Buffer, DeviceArray, contiguous
+from runtime.backends.cuda.arena import Pools
+from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contiguous
+from runtime.backends.cuda.calls import Calls
 from runtime.memory import Layout
+from runtime.residency import whole_pages
 from runtime.specs import DType
 
 COPY, COMPUTE = 0, 1
@@ -22,14 +25,17 @@ class FakeEvent:
 class FakeGpu:
     """Device and copy stream in one. `random` decides which stream goes on where both can."""
 
-    arch, name = "sm_00", "fake"
+    arch, name, stream = "sm_00", "fake", 0
 
     def __init__(self, *, total_bytes: int = 1 << 40, seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
         self.total_bytes = total_bytes
         self.limit_bytes: int | None = None
-        self.peak_bytes = self.layout_bytes = 0
-        self.memory_of: dict[int, Array] = {}
+        self.peak_bytes = 0
+        self.calls = Calls()
+        self.memory_of: dict[int, Array] = {}  # slabs
+        self._segments: dict[int, Array] = {}  # what arrays lie in
+        self._pools = Pools(self._take)
         self.page_locked_bytes: dict[int, int] = {}
         self.log: list[str] = []
         self.copied: list[int] = []  # bytes of each copy
@@ -42,26 +48,42 @@ class FakeGpu:
 
     @property
     def reserved_bytes(self) -> int:
-        return self.layout_bytes + sum(len(memory) for memory in self.memory_of.values())
+        return sum(len(memory) for memories in (self.memory_of, self._segments) for memory in memories.values())
+
+    @property
+    def used_bytes(self) -> int:
+        return self._pools.used_bytes
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
+        return self._pools.empty(shape, dtype)
+
+    zeros = empty
+
+    def allocate(self, nbytes: int) -> Buffer:
+        return self._pools.allocate(nbytes)
+
+    def from_host(self, array: Array, dtype: DType | None = None) -> DeviceArray:
+        return self.empty(array.shape, dtype or next(kind for kind, host in HOST_TYPES.items() if host == array.dtype))
+
+    def to_host(self, array: DeviceArray) -> Array:
+        return np.zeros(array.shape, HOST_TYPES[array.dtype])
 
     @property
     def device(self) -> "FakeGpu":
         return self
 
     def slab(self, nbytes: int) -> DeviceArray:
-        nbytes = -(-nbytes // (2 << 20)) * (2 << 20)
-        start, self._next = self._next, self._next + nbytes
-        self.memory_of[start] = np.zeros(nbytes, np.uint8)
-        self._count()
+        start = self._take_into(self.memory_of, whole_pages(nbytes))
         return contiguous(start, (nbytes,), DType.F8_E4M3, Buffer(start, self._free))
 
     def reserve(self, layout: Layout) -> None:
-        self.layout_bytes = layout.nbytes
+        self.trim()
         self.log.append(f"reserve {layout.nbytes}")
-        self._count()
+        self._pools.reserve(layout)
 
     def trim(self) -> None:
-        self.layout_bytes = 0
+        for start in self._pools.pop_empty():
+            del self._segments[start]
 
     def memory(self) -> tuple[int, int]:
         return self.total_bytes - self.reserved_bytes, self.total_bytes
@@ -158,13 +180,20 @@ class FakeGpu:
         self._queue(stream, run)
 
     def _find(self, pointer: int) -> tuple[Array, int]:
-        start = max(start for start in self.memory_of if start <= pointer)
-        return self.memory_of[start], pointer - start
+        known = self.memory_of | self._segments
+        start = max(start for start in known if start <= pointer)
+        return known[start], pointer - start
 
     def _free(self, pointer: int) -> None:
         self.finish()  # as the driver does
         self.log.append(f"free {len(self.memory_of.pop(pointer))}")
 
-    def _count(self) -> None:
+    def _take(self, nbytes: int) -> int:
+        return self._take_into(self._segments, nbytes)
+
+    def _take_into(self, memories: dict[int, Array], nbytes: int) -> int:
+        start, self._next = self._next, self._next + nbytes
+        memories[start] = np.zeros(nbytes, np.uint8)
         self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
         assert self.limit_bytes is None or self.reserved_bytes <= self.limit_bytes, "over the budget"
+        return start

@@ -16,6 +16,7 @@ from export.modules.transformer import Head
 from runtime.backends import RUNTIME_TARGETS, BackendOptions
 from runtime.backends.base import Backend, Engine
 from runtime.errors import EngineError
+from runtime.geometry import patchify, unpatchify
 from runtime.precision import in_precision
 from runtime.specs import DType, Precision, StageSpec
 from runtime.stages import network_stages
@@ -98,9 +99,28 @@ def test_what_goes_to_the_device_comes_back(opened: Opened) -> None:
     np.testing.assert_array_equal(opened.backend.to_host(opened.backend.to_device(array)), array)
 
 
+def test_what_is_fetched_is_what_was_there_when_it_was_asked_for(opened: Opened) -> None:
+    arrays = [np.random.default_rng(seed).standard_normal((7, 24), np.float32) for seed in range(4)]
+    waiting = []
+    for array in arrays:
+        tensor = opened.backend.to_device(array.copy())
+        waiting.append(opened.backend.fetch(tensor))
+        del tensor  # its memory goes to the next
+    for fetched, array in zip(waiting, arrays, strict=True):
+        np.testing.assert_array_equal(fetched(), array)
+
+
 def test_a_slice_of_an_array_can_be_sent(opened: Opened) -> None:
     array = np.arange(24, dtype=np.float32).reshape(4, 6)[:, ::2]
     np.testing.assert_array_equal(opened.backend.to_host(opened.backend.to_device(array)), array)
+
+
+def test_latents_are_cut_and_patches_joined_as_on_the_host(opened: Opened) -> None:
+    rng, backend = np.random.default_rng(0), opened.backend
+    latents, patches = rng.standard_normal((16, 2, 6, 4), np.float32), rng.standard_normal((12, 64), np.float32)
+    np.testing.assert_array_equal(backend.to_host(backend.cut_patches(latents, ARCH)), patchify(latents, ARCH))
+    joined = backend.join_patches(backend.to_device(patches), (2, 3, 2), ARCH)
+    np.testing.assert_array_equal(backend.to_host(joined), unpatchify(patches, (2, 3, 2), ARCH))
 
 
 def test_an_input_of_another_width_is_refused_by_name(opened: Opened) -> None:

@@ -42,6 +42,9 @@ ALIGNED_KERNELS = (
     "to_planes",
     "add_average_down",
     "add_duplicate_up",
+    "colours",
+    "cut_patches",
+    "join_patches",
     "softmax",
     "transpose",
 )

@@ -1,10 +1,12 @@
 """What the transformer's graphs become on the `cuda` target: which steps there are in bf16 and in fp8, and in either form of attention."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
 import pytest
 
+from engines.targets.cuda import lower_transformer
 from engines.targets.cuda.lower import lower_stage
 from export.graphs import stage_graph
 from runtime.backends.cuda.plan import Plan, Step, StepKind
@@ -93,3 +95,64 @@ def test_stages_beside_self_attention_have_one_form() -> None:
 def test_a_plan_with_both_forms_survives_its_file() -> None:
     plan = plan_of("transformer.block_in")
     assert decode(Plan, encode(plan), error=ValueError) == plan
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The toy counts as a wide model."""
+    monkeypatch.setattr(lower_transformer, "_WIDE", ARCH.dim)
+    plan_of.cache_clear()
+    yield
+    plan_of.cache_clear()
+
+
+def steps(plan: Plan, *kinds: StepKind) -> list[Step]:
+    return [step for step in plan.steps if step.kind in kinds]
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8])
+def test_a_wide_models_parts_of_a_product_are_made_where_they_are_read(wide: None, precision: Precision) -> None:
+    plan = plan_of("transformer.block_in", precision)
+    products = steps(plan, StepKind.LINEAR, StepKind.QK_NORM_ROPE)
+    assert [step.kind.value for step in products] == ["linear", "qk_norm_rope", "linear", "qk_norm_rope", "linear"]
+    rows = {view.name: (view.source, view.axis, view.start, view.stop) for view in plan.views}
+    for i, step in enumerate(steps(plan, StepKind.LINEAR)):
+        for argument, name in {"weight": "weight", "bias": "bias", "weight_scale": "weight_scale"}.items():
+            if argument in step.inputs:
+                assert rows[step.inputs[argument]] == (f"self_attn.qkv.{name}", 0, i * ARCH.dim, (i + 1) * ARCH.dim)
+        assert ("weight_scale" in step.inputs) is (precision is Precision.FP8)
+    assert {buffer.name: buffer.shape for buffer in plan.buffers}[plan.outputs["value"]] == ("tokens", ARCH.dim)
+
+
+def test_a_wide_models_tokens_go_through_the_feed_forward_in_pieces(wide: None) -> None:
+    for precision, narrow in ((Precision.BF16, False), (Precision.FP8, True)):
+        plan = plan_of("transformer.block_out", precision)
+        (step,) = steps(plan, StepKind.FEED_FORWARD)
+        assert not [other for other in steps(plan, StepKind.LINEAR) if "ffn" in other.inputs["weight"]]
+        assert (step.inputs["weight"], step.inputs["outer_weight"]) == ("ffn.0.weight", "ffn.2.weight")
+        buffers = {buffer.name: buffer for buffer in plan.buffers}
+        pieces = {"inner": DType.BF16} | ({"inner_fp8": DType.F8_E4M3} if narrow else {})
+        for argument, dtype in pieces.items():
+            buffer = buffers[step.outputs[argument]]
+            assert (buffer.shape, buffer.dtype) == ((66 * 128, ARCH.ffn_dim), dtype)
+        assert step.numbers == ({"fast_accumulation": 1, "outer_fast_accumulation": 0} if narrow else {})
+
+
+def test_a_narrow_models_products_stay_whole() -> None:
+    (product_of_all,) = steps(plan_of("transformer.block_in"), StepKind.LINEAR)
+    assert product_of_all.inputs["weight"] == "self_attn.qkv.weight"
+    assert not steps(plan_of("transformer.block_out"), StepKind.FEED_FORWARD)
+
+
+def test_a_prompts_keys_and_values_share_no_memory_with_what_nobody_keeps() -> None:
+    plan = plan_of("transformer.text_kv")
+    kept = [buffer for buffer in plan.buffers if buffer.name in plan.outputs.values()]
+    assert [buffer.shape for buffer in kept] == [(ARCH.text_len, ARCH.dim)] * 2
+
+
+def test_residuals_of_a_block_take_one_array_beside_its_input() -> None:
+    plan = plan_of("transformer.block_out")
+    residuals = steps(plan, StepKind.RESIDUAL_NORM, StepKind.RESIDUAL)
+    written = [step.outputs.get("residual_out", step.outputs["out"]) for step in residuals]
+    assert residuals[0].inputs["residual"] == "hidden_states"
+    assert written == [plan.outputs["next_hidden_states"]] * 3

@@ -19,6 +19,8 @@ class KeyValues:
 class StillTransformer:
     """Predicts that nothing moves."""
 
+    def embed_times(self, timesteps: Any) -> None: ...
+
     def encode_text(self, prompt_embeds: Any) -> KeyValues:
         return KeyValues()
 

@@ -1,13 +1,14 @@
-"""Device memory as arithmetic: where arrays lie, what stays resident, what goes first, and what is refused before it begins."""
+"""Device memory as arithmetic: what work takes, what stays resident, what goes first, and what is refused before it begins."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.backends.cuda.arena import Arena, Pools, fit
 from runtime.backends.cuda.plan import PLAN_VERSION, Buffer, Plan, Step, StepKind
 from runtime.backends.cuda.rehearsal import rehearse
 from runtime.bundle import open_bundle
@@ -31,83 +32,6 @@ from tests.conftest import RUN, Refuses, Toy
 
 MIB = 1 << 20
 ARCH = TransformerArch(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64)
-
-
-class Segments:
-    """A driver that hands out segments one after the other."""
-
-    def __init__(self) -> None:
-        self.taken: list[int] = []
-
-    def take(self, nbytes: int) -> int:
-        self.taken.append(nbytes)
-        return (1 << 40) + sum(self.taken) - nbytes
-
-
-def test_a_range_goes_to_the_smallest_gap_that_holds_it() -> None:
-    arena = Arena(Segments().take, unit=512)
-    places = [arena.allocate(size * 512) for size in (4, 1, 2, 1, 3, 1)]
-    for index in (0, 2, 4):
-        arena.release(places[index])
-    assert arena.allocate(2 * 512) == places[2]
-    assert arena.allocate(2 * 512) == places[4]
-    assert arena.used_bytes == 7 * 512
-
-
-def test_neighbours_that_are_free_join_but_never_across_segments() -> None:
-    segments = Segments()
-    arena = Arena(segments.take, unit=512)
-    first, second = arena.allocate(PAGE_BYTES), arena.allocate(PAGE_BYTES)
-    assert second == first + PAGE_BYTES
-    arena.release(first)
-    arena.release(second)
-    arena.allocate(2 * PAGE_BYTES)
-    assert segments.taken == [PAGE_BYTES, PAGE_BYTES, 2 * PAGE_BYTES]
-    assert arena.pop_empty() == [first, second]
-
-
-def test_random_traffic_never_overlaps_and_leaves_one_gap() -> None:
-    segments, rng = Segments(), np.random.default_rng(0)
-    arena = Arena(segments.take, unit=512)
-    arena.large_bytes = 20 * 512
-    live: dict[int, int] = {}
-    for _ in range(500):
-        if live and rng.random() < 0.5:
-            start = list(live)[rng.integers(len(live))]
-            arena.release(start)
-            del live[start]
-        else:
-            nbytes = 512 * int(rng.integers(1, 40))
-            start = arena.allocate(nbytes)
-            assert all(start + nbytes <= other or other + size <= start for other, size in live.items())
-            live[start] = nbytes
-        assert arena.used_bytes == sum(live.values())
-    for start in live:
-        arena.release(start)
-    assert len(arena.pop_empty()) == len(segments.taken)
-
-
-def test_a_known_sequence_fits_the_segment_that_was_found_for_it() -> None:
-    changes: list[tuple[int, int]] = []
-    rehearsed = Pools(Segments().take, on_change=lambda nbytes, pointer: changes.append((nbytes, pointer)))
-
-    def work(pools: Pools) -> None:
-        kept = [pools.empty((size * MIB,), DType.F8_E4M3) for size in (2, 3)]
-        for _ in range(3):
-            wide = pools.empty((30 * MIB,), DType.F8_E4M3)
-            kept.append(pools.empty((7 * MIB,), DType.F8_E4M3))
-            del wide
-            deep = pools.empty((25 * MIB,), DType.F8_E4M3)
-            del kept[0], deep
-
-    work(rehearsed)
-    layout = fit(changes)
-    assert layout == Layout(nbytes=56 * MIB, large_bytes=15 * MIB)  # at most 7 + 7 + 30 + 7 at once; the rest is lost to gaps
-    segments = Segments()
-    pools = Pools(segments.take)
-    pools.reserve(layout)
-    work(pools)
-    assert segments.taken == [56 * MIB]
 
 
 @pytest.mark.parametrize(("consumed", "mib"), [((), 10), (("x",), 6)])
@@ -140,8 +64,8 @@ def test_units_are_blocks_and_stages_that_share_no_weight() -> None:
     units = weight_units(transformer_stages(ARCH), num_blocks=3)
     assert [(unit.name, unit.block, unit.per_prompt) for unit in units] == [
         ("text_embedding", None, True),
+        ("time_embedding", None, True),
         *((f"blocks.{i}", i, True) for i in range(3)),
-        ("time_embedding", None, False),
         ("patch_embedding", None, False),
         ("head", None, False),
         *((f"blocks.{i}", i, False) for i in range(3)),
@@ -187,6 +111,40 @@ def test_what_every_step_needs_stays_first_and_streamed_blocks_are_spread(
     residency = choose_residency(UNITS, pages * PAGE_BYTES)
     assert (set(residency.resident), residency.slot_bytes) == (resident, slot_pages * PAGE_BYTES)
     assert residency.device_bytes <= pages * PAGE_BYTES
+
+
+PASSING = Unit(name="time", tensors=(), nbytes=7 * PAGE_BYTES, block=None, per_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("pages", "resident", "slot_pages"), [(20, set(range(10)), 0), (19, set(range(1, 10)), 0), (5, {5}, 2)]
+)
+def test_what_may_pass_among_the_arrays_goes_first_and_needs_no_slot(pages: int, resident: set[int], slot_pages: int) -> None:
+    residency = choose_residency((PASSING, *UNITS), pages * PAGE_BYTES)
+    assert (set(residency.resident), residency.slot_bytes) == (resident, slot_pages * PAGE_BYTES)
+    assert least_bytes((PASSING, *UNITS)) == 5 * PAGE_BYTES
+
+
+def test_weights_that_pass_are_counted_among_the_arrays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weight = TensorSpec("linear.weight", (1024, 1024))  # 4 MiB
+    stage = StageSpec(
+        name="transformer.time", inputs=(TensorSpec("x", (1, 16)),), weights=(weight,), outputs=(TensorSpec("y", (1, 16)),), per_prompt=True
+    )  # fmt: skip
+    buffers = (Buffer(name="y", shape=(1, 16), dtype=DType.F32),)
+    step = Step(kind=StepKind.ADD, inputs={"a": "x", "b": "x"}, outputs={"out": "y"}, numbers={})
+    plan = Plan(version=PLAN_VERSION, stage=stage.name, buffers=buffers, views=(), steps=(step,), outputs={"y": "y"})
+    (tmp_path / "plan.json").write_text(encode(plan))
+
+    def drive(component: Component) -> None:
+        for _ in range(2):
+            component.run(stage.name, {"x": component.backend.to_device(np.zeros((1, 16), np.float32))})
+
+    caplog.set_level(logging.INFO, "runtime.backends.cuda.rehearsal")
+    for per_prompt, nbytes in ((True, 4 * MIB), (False, 0)):
+        stages = (replace(stage, per_prompt=per_prompt),)
+        layout = rehearse(stages, {stage.name: tmp_path / "plan.json"}, drive, attention=Precision.BF16)
+        assert layout.nbytes == nbytes
+    assert caplog.messages[0] == "4.0 MiB to work in, 4.0 MiB at once: 1 x 4.0 MiB of transformer.time"
 
 
 def test_the_least_room_is_what_cannot_stream_and_two_slots() -> None:

@@ -1,7 +1,8 @@
 """Weights within a budget on a fake GPU: what is computed with is what was asked for, however the two streams run against each other."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from runtime.errors import BundleError, CudaError, DeviceMemoryError
 from runtime.memory import LIBRARY_BYTES, SMALL_BYTES, Layout, Need
 from runtime.residency import PAGE_BYTES, weight_units
 from runtime.specs import DType, Precision, StageSpec, TensorSpec
-from tests.fake_gpu import FakeGpu
+from tests.fake_gpu import FakeEvent, FakeGpu
 
 BLOCKS = 6
 ROWS = 3 * PAGE_BYTES // 2 // 4 // 8  # of 8 floats: a block takes two pages
@@ -54,7 +55,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def shape_of(name: str) -> tuple[int, ...]:
-    return (ROWS if "blocks" in name else 4, 8)
+    return (ROWS if "blocks" in name or "time" in name else 4, 8)
 
 
 @contextmanager
@@ -184,6 +185,78 @@ def test_a_file_that_fails_while_streaming_is_an_error_where_it_is_needed(files:
             session._stores["high"].source = Broken()
             with pytest.raises(BundleError, match="the disk is gone"):
                 generate(gpu, weights)
+
+
+@pytest.mark.parametrize("pages", [9, 40])
+@pytest.mark.parametrize("host_bytes", [1 << 40, 0], ids=["page-locked", "staged"])
+def test_a_generation_after_one_that_could_not_read_reads_again(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, host_bytes: int, pages: int
+) -> None:
+    gpu = FakeGpu()
+    with open_session(gpu, vram=budget(pages), available_host_bytes=lambda: host_bytes) as session:
+        for source in (Broken(), None):
+            session.prepare(needs("high"), attention=Precision.BF16)
+            if source is None:
+                monkeypatch.undo()
+            with (
+                pytest.raises(BundleError, match="the disk is gone") if source else nullcontext(),
+                session.weights("high", files["high"], STAGES, num_blocks=BLOCKS) as weights,
+            ):
+                if source:
+                    monkeypatch.setattr(session._stores["high"], "source", source)
+                generate(gpu, weights)
+                gpu.finish()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("pages", "passes"), [(26, True), (6, True), (28, False)])
+def test_what_is_needed_before_the_steps_passes_among_the_arrays(tmp_path: Path, pages: int, passes: bool, seed: int) -> None:
+    time = StageSpec(
+        name="transformer.time", inputs=(), weights=(TensorSpec("time.weight", (ROWS, 8)),), outputs=(), per_prompt=True
+    )
+    units = weight_units((time, *STAGES), num_blocks=BLOCKS)
+    names = [tensor.name for unit in units for tensor in unit.tensors]
+    file = tmp_path / "weights.safetensors"
+    save_file({name: np.full(shape_of(name), i + 1, np.float32) for i, name in enumerate(names)}, file)
+    gpu = FakeGpu(seed=seed)
+    (need,) = (replace(need, units=units) for need in needs("high", work=3))
+    with open_session(gpu, vram=budget(pages, work=3), available_host_bytes=lambda: 1 << 40) as session:
+        for _ in range(2):
+            plan = session.prepare([need], attention=Precision.BF16)
+            assert (0 in plan.find("high").residency.resident) is not passes
+            with session.weights("high", file, (time, *STAGES), num_blocks=BLOCKS) as weights:
+                before = gpu.empty((ROWS, 8), DType.F32)  # where the weight will lie, if it passes
+                gpu.compute(before, np.zeros((ROWS, 8), np.float32))
+                del before
+                for _ in range(3):
+                    use(gpu, weights, time)
+                assert bool(gpu.used_bytes) is passes
+                generate(gpu, weights)
+                assert not gpu.used_bytes
+                gpu.finish()
+        use_of_memory = session.memory_use()
+        assert use_of_memory is not None and use_of_memory.peak_bytes <= use_of_memory.predicted_peak_bytes
+
+
+def test_events_do_not_accumulate_from_generation_to_generation(files: dict[str, Path]) -> None:
+    gpu, made = FakeGpu(), []
+    new_event = gpu.new_event
+
+    def counted() -> FakeEvent:
+        made.append(1)
+        return new_event()
+
+    gpu.new_event = counted  # type: ignore[method-assign]
+    counts = []
+    with open_session(gpu, vram=budget(9), available_host_bytes=lambda: 0) as session:
+        for _ in range(3):
+            session.prepare(needs("high", "low"), attention=Precision.BF16)
+            for component, file in files.items():
+                with session.weights(component, file, STAGES, num_blocks=BLOCKS) as weights:
+                    generate(gpu, weights, steps=2)
+                    gpu.finish()
+            counts.append(len(made))
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_an_interrupted_step_ends_threads_and_leaves_nothing_behind(files: dict[str, Path]) -> None:

@@ -69,38 +69,48 @@ def diffusers_encoded(network: Any, groups: list[torch.Tensor]) -> list[torch.Te
     return chunks
 
 
-def eager_stages(
-    arch: VaeArch, stages: tuple[StageSpec, ...], tensors: dict[str, torch.Tensor]
-) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The modules of the first and of every later pass, with their weights."""
-    modules = []
+def eager_stages(arch: VaeArch, stages: tuple[StageSpec, ...], tensors: dict[str, torch.Tensor]) -> dict[str, torch.nn.Module]:
+    """The modules of the stages with their weights, by the stages' names."""
+    modules = {}
     for stage in stages:
-        module = VAE_MODULES[stage.name](arch).requires_grad_(False)
+        modules[stage.name] = module = VAE_MODULES[stage.name](arch).requires_grad_(False)
         module.load_state_dict({weight.name: tensors[weight.name] for weight in stage.weights})
-        modules.append(module)
-    first, step = modules
-    return first, step
+    return modules
 
 
 class EagerBackend:
     """NumPy arrays in and out."""
 
-    def to_device(self, array: Any) -> Any:
+    def to_device(self, array: Any, dtype: Any = None) -> Any:
         return array
 
     def to_host(self, tensor: Any) -> Any:
         return tensor
 
+    def fetch(self, tensor: Any) -> Any:
+        return lambda: tensor
+
 
 class EagerVae:
     """Runs a network's modules where a `Component` would run its engines; nothing is traced or built."""
 
-    def __init__(self, arch: VaeArch, stages: tuple[StageSpec, ...], tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        arch: VaeArch,
+        stages: tuple[StageSpec, ...],
+        tensors: dict[str, torch.Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.backend = EagerBackend()
         self._stages = {stage.name: stage for stage in stages}
-        self._modules = dict(zip(self._stages, eager_stages(arch, stages, tensors), strict=True))
+        self._modules = {name: module.to(dtype) for name, module in eager_stages(arch, stages, tensors).items()}
+
+    def stage(self, name: str) -> StageSpec:
+        return self._stages[name]
 
     def run(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any]:
         given = (torch.from_numpy(inputs[tensor.name]) for tensor in self._stages[stage].inputs)
         made = self._modules[stage](*given)
-        return {tensor.name: output.numpy() for tensor, output in zip(self._stages[stage].outputs, made, strict=True)}
+        outputs = made if isinstance(made, tuple) else (made,)
+        return {tensor.name: output.numpy() for tensor, output in zip(self._stages[stage].outputs, outputs, strict=True)}

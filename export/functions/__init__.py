@@ -7,7 +7,8 @@ function computes the same in eager mode, so that a module can be compared with 
 import onnx
 from onnx import parser
 
-from export.functions import convolutions, frames, heads, rows
+from export.functions import colours, convolutions, frames, heads, rows
+from export.functions.colours import frame_colours
 from export.functions.convolutions import causal_conv, first_causal_conv, frame_conv, pointwise_conv, zero_past
 from export.functions.frames import (
     add_average_down,
@@ -50,6 +51,7 @@ __all__ = [
     "first_causal_conv",
     "first_channels",
     "fold_pixels",
+    "frame_colours",
     "frame_conv",
     "frame_rows",
     "function_proto",
@@ -68,7 +70,7 @@ __all__ = [
     "zero_past",
 ]
 
-BODIES = {**rows.BODIES, **heads.BODIES, **convolutions.BODIES, **frames.BODIES}
+BODIES = {**rows.BODIES, **heads.BODIES, **convolutions.BODIES, **frames.BODIES, **colours.BODIES}
 """ONNX text of every function, by its name."""
 
 

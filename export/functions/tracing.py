@@ -21,6 +21,10 @@ def call(name: str, inputs: Sequence[Tensor], *, like: Tensor, shape: Sequence[i
     )
 
 
+def call_as(name: str, inputs: Sequence[Tensor], *, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return torch.onnx.ops.symbolic(f"{FUNCTION_DOMAIN}::{name}", inputs, dtype=dtype, shape=shape, version=DOMAIN_VERSION)
+
+
 def call_pair(
     name: str, inputs: Sequence[Tensor], *, shapes: Sequence[Sequence[int]], **attributes: Attribute
 ) -> tuple[Tensor, Tensor]:

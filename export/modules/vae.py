@@ -5,35 +5,56 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from export import functions as op
 from export.modules.vae_layers import Caches, build_layer
-from runtime.stages.vae import DECODE_FIRST, DECODE_STEP, ENCODE_FIRST, ENCODE_STEP
-from runtime.stages.vae_layers import Layer, decoder_layers, encoder_layers
+from runtime.stages.vae import (
+    COLOURS,
+    DECODE_HIGH,
+    DECODE_LOW,
+    ENCODE_HIGH,
+    ENCODE_LOW,
+    Pair,
+    Part,
+    decoder_parts,
+    encoder_parts,
+)
 from runtime.variants import VaeArch
 
 
-class VaeChain(nn.Module):
-    """A chain of layers; parameters carry the checkpoint's names because layers hang where their names say.
+class VaePart(nn.Module):
+    """A part of a chain; parameters carry the checkpoint's names because layers hang where their names say.
 
     Args:
-        layers: the chain of an architecture.
         first: whether this is the pass of the first frame, which has no caches to take.
     """
 
-    def __init__(self, arch: VaeArch, *, layers: Callable[[VaeArch], tuple[Layer, ...]], first: bool) -> None:
+    def __init__(self, part: Part, *, first: bool) -> None:
         super().__init__()
-        self.first = first
-        self.layers = layers(arch)
-        for layer in self.layers:
+        self.first, self.part = first, part
+        for layer in part.layers:
             _hang(self, layer.name, build_layer(layer, first=first))
 
-    def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """Frames or a latent frame, and the caches unless it is the first → a latent frame or frames, and the new caches."""
+    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """What enters the part, a level's input if it takes one, and the caches unless it is the first → what leaves it, alike."""
+        taken, past = (None, others) if self.part.takes is None else (others[0], others[1:])
         caches = Caches(None if self.first else past)
-        inputs = []
-        for layer in self.layers:
+        inputs: list[Tensor] = []
+        for layer in self.part.layers:
             inputs.append(x)
-            x = self.get_submodule(layer.name)(x, inputs[-1 - layer.span] if layer.span else caches)
-        return x, *caches.next
+            level_input = taken if layer is self.part.takes else inputs[-1 - layer.span]
+            x = self.get_submodule(layer.name)(x, level_input if layer.span else caches)
+        handed_on = () if self.part.hands_on is None else (inputs[self.part.hands_on],)
+        return x, *handed_on, *caches.next
+
+
+class Colours(nn.Module):
+    """`wanrt::FrameColours`: frames of about -1..1 as colours of 8 bits."""
+
+    def __init__(self, arch: VaeArch) -> None:
+        super().__init__()
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return op.frame_colours(frames)
 
 
 def _hang(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -46,9 +67,19 @@ def _hang(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
+def _build(arch: VaeArch, *, parts: Callable[[VaeArch], tuple[Part, Part]], index: int, first: bool) -> VaePart:
+    return VaePart(parts(arch)[index], first=first)
+
+
+_PARTS: tuple[tuple[Pair, Callable[[VaeArch], tuple[Part, Part]], int], ...] = (
+    (DECODE_LOW, decoder_parts, 0),
+    (DECODE_HIGH, decoder_parts, 1),
+    (ENCODE_HIGH, encoder_parts, 0),
+    (ENCODE_LOW, encoder_parts, 1),
+)
 VAE_MODULES: dict[str, Callable[[VaeArch], nn.Module]] = {
-    ENCODE_FIRST: partial(VaeChain, layers=encoder_layers, first=True),
-    ENCODE_STEP: partial(VaeChain, layers=encoder_layers, first=False),
-    DECODE_FIRST: partial(VaeChain, layers=decoder_layers, first=True),
-    DECODE_STEP: partial(VaeChain, layers=decoder_layers, first=False),
+    COLOURS: Colours,
+    **{
+        name: partial(_build, parts=parts, index=index, first=name == pair[0]) for pair, parts, index in _PARTS for name in pair
+    },
 }

@@ -1,10 +1,10 @@
 """The two small interfaces between the runtime and whatever executes engines.
 
 Drivers (`runtime.transformer`, `runtime.vae`, …) hold tensors they do not look into: a tensor belongs to its backend and goes from
-engine to engine; only `to_host` turns it into NumPy. A new backend is one file that passes the shared contract tests.
+engine to engine; only `to_host` and `fetch` turn it into NumPy. A new backend is one file that passes the shared contract tests.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.memory import MemoryPlan, Need, gib
 from runtime.specs import DType, Precision, StageSpec
+from runtime.variants import TransformerArch
 
 Array = np.ndarray[Any, Any]
 DeviceTensor = Any
@@ -71,6 +72,18 @@ class Backend(Protocol):
 
     def to_host(self, tensor: DeviceTensor) -> Array:
         """A tensor's elements, once everything queued before has run."""
+        ...
+
+    def fetch(self, tensor: DeviceTensor) -> Callable[[], Array]:
+        """`to_host` in two steps: this queues the copy, and what it returns waits for it. The tensor may be dropped in between."""
+        ...
+
+    def cut_patches(self, latents: Array, arch: TransformerArch) -> DeviceTensor:
+        """`runtime.geometry.patchify` of latents on the host, on the device."""
+        ...
+
+    def join_patches(self, patches: DeviceTensor, grid: tuple[int, int, int], arch: TransformerArch) -> DeviceTensor:
+        """`runtime.geometry.unpatchify` of patches on the device, there."""
         ...
 
     def __enter__(self) -> Self: ...

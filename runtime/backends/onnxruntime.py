@@ -1,6 +1,6 @@
 """The `cpu` target: engines run by ONNX Runtime's CPU provider. A tensor is a NumPy array."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,13 +9,17 @@ import numpy as np
 
 from runtime.backends.base import Array
 from runtime.errors import EngineError
+from runtime.geometry import patchify, unpatchify
 from runtime.specs import DType, StageSpec, match_shapes, resolve
+from runtime.variants import TransformerArch
 
 _ORT_TYPES = {
     DType.F32: "tensor(float)",
     DType.F16: "tensor(float16)",
     DType.BF16: "tensor(bfloat16)",
+    DType.F8_E4M3: "tensor(float8e4m3fn)",
     DType.I64: "tensor(int64)",
+    DType.U8: "tensor(uint8)",
 }
 
 
@@ -23,7 +27,7 @@ class OnnxRuntimeEngine:
     """One stage in one ONNX Runtime session on the CPU."""
 
     def __init__(self, path: Path, stage: StageSpec, *, num_threads: int) -> None:
-        self._session = _open_session(path, stage, num_threads=num_threads)
+        self._session = open_session(path, stage, num_threads=num_threads)
         self._stage = stage
         self._outputs = [tensor.name for tensor in stage.outputs]
 
@@ -37,13 +41,7 @@ class OnnxRuntimeEngine:
                 f"{self._stage.name}: execution failed with {shapes}: {exc}",
                 hint="with too little memory, lower --size or --frames or use --tile; otherwise rebuild the bundle",
             ) from exc
-        for tensor, output in zip(self._stage.outputs, outputs, strict=True):
-            expected = tuple(resolve(axis, extents) for axis in tensor.shape)
-            if output.shape != expected:
-                raise EngineError(
-                    f"{self._stage.name}: {tensor.name} came out as {list(output.shape)}, expected {list(expected)}",
-                    hint="the bundle is damaged or was built by another version; rebuild it",
-                )
+        check_outputs(self._stage, [output.shape for output in outputs], extents)
         return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
@@ -71,6 +69,15 @@ class OnnxRuntimeBackend:
     def to_host(self, tensor: Array) -> Array:
         return tensor
 
+    def fetch(self, tensor: Array) -> Callable[[], Array]:
+        return lambda: tensor
+
+    def cut_patches(self, latents: Array, arch: TransformerArch) -> Array:
+        return patchify(latents, arch)
+
+    def join_patches(self, patches: Array, grid: tuple[int, int, int], arch: TransformerArch) -> Array:
+        return unpatchify(patches, grid, arch)
+
     def __enter__(self) -> Self:
         return self
 
@@ -78,7 +85,12 @@ class OnnxRuntimeBackend:
         """Nothing is held outside of engines and arrays."""
 
 
-def _open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
+def open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
+    """A session of ONNX Runtime's CPU provider, its inputs and outputs compared with the stage's.
+
+    Raises:
+        EngineError: it cannot be opened, or is not the stage's.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -97,6 +109,21 @@ def _open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
         ) from exc
     _check_against_spec(session, stage)
     return session
+
+
+def check_outputs(stage: StageSpec, shapes: Sequence[tuple[int, ...]], extents: Mapping[str, int]) -> None:
+    """Compare the shapes of a run's outputs with the stage's.
+
+    Raises:
+        EngineError: one differs.
+    """
+    for tensor, shape in zip(stage.outputs, shapes, strict=True):
+        expected = tuple(resolve(axis, extents) for axis in tensor.shape)
+        if shape != expected:
+            raise EngineError(
+                f"{stage.name}: {tensor.name} came out as {list(shape)}, expected {list(expected)}",
+                hint="the bundle is damaged or was built by another version; rebuild it",
+            )
 
 
 def _check_against_spec(session: Any, stage: StageSpec) -> None:

@@ -1,8 +1,8 @@
 """The stages of the diffusion transformer.
 
-One step runs `embed`, then per block `block_in` → `attention` → `block_out`, then `head`. `time_embed` runs once a step,
-`text_embed` and, per block, `text_kv` once a prompt, `image_embed` and `image_kv` once a video. Tokens are the only dynamic extent:
-patches are cut and put back on the host.
+One step runs `embed`, then per block `block_in` → `attention` → `block_out`, then `head`. Before the first step, `time_embed` runs once
+for every timestep, `text_embed` and, per block, `text_kv` once a prompt, `image_embed` and `image_kv` once a video. Tokens are the
+only dynamic extent: patches are cut and put back on the host.
 
 Where leading frames may be clean, the time embedding has two rows, of timestep 0 and of the step's own: the first `num_clean` tokens
 take row 0, all others row 1.
@@ -60,6 +60,7 @@ def transformer_stages(arch: TransformerArch) -> tuple[StageSpec, ...]:
                 *_linear("time_projection.1", 6 * dim, dim),
             ),
             outputs=(temb, time_modulation),
+            per_prompt=True,
         ),
         StageSpec(
             name="transformer.embed",

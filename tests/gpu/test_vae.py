@@ -13,9 +13,9 @@ from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.backends.cuda.linear import Linear
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.component import Component
-from runtime.specs import DType, StageSpec
+from runtime.specs import DType
 from runtime.stages.vae import vae_encoder_stages, vae_stages
-from runtime.vae import decode_stream, encode_stream, normalise, unnormalise
+from runtime.vae import decode_colours, decode_stream, decoder_margin, encode_stream, encoder_margin, to_uint8
 from runtime.variants import VaeArch
 from tests.gpu.bits import Array
 from tests.gpu.conftest import kernels_for_this_gpu
@@ -23,7 +23,7 @@ from tests.gpu.networks import open_cuda
 from tests.harness import relative_error
 from tests.tolerances import TOLERANCES
 from tests.toys import ToyConfig, make_vae, original_tensors
-from tests.vaes import eager_stages, frame_groups, random_frames, random_latents, toy_variant
+from tests.vaes import EagerVae, random_frames, random_latents, toy_variant
 
 pytestmark = pytest.mark.gpu
 
@@ -63,19 +63,11 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Opened(config.vae, tensors, decoder, encoder)
 
 
-def eager_chunks(opened: Opened, stages: tuple[StageSpec, ...], chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """What the fp32 modules make of each chunk."""
-    modules, caches = eager_stages(opened.arch, stages, opened.tensors), list[torch.Tensor]()
-    for index, chunk in enumerate(chunks):
-        made, *caches = modules[min(index, 1)](chunk, *caches)
-        yield made
-
-
 @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
 def test_every_decoded_chunk_matches_the_fp32_modules(opened: Opened, size: tuple[int, int], record_property: Any) -> None:
     latents = random_latents(opened.arch, 4, size)
-    own_scale = torch.from_numpy(unnormalise(latents.numpy(), opened.arch))
-    expected = eager_chunks(opened, vae_stages(opened.arch), [own_scale[:, i : i + 1] for i in range(latents.shape[1])])
+    reference: Any = EagerVae(opened.arch, vae_stages(opened.arch), opened.tensors)
+    expected = decode_stream(reference, latents.numpy(), opened.arch)
     for index, (ours, theirs) in enumerate(
         zip(decode_stream(opened.decoder, latents.numpy(), opened.arch), expected, strict=True)
     ):
@@ -87,8 +79,9 @@ def test_every_decoded_chunk_matches_the_fp32_modules(opened: Opened, size: tupl
 @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
 def test_encoded_latents_match_the_fp32_modules(opened: Opened, size: tuple[int, int], record_property: Any) -> None:
     frames = random_frames(opened.arch, 3, size)
-    expected = torch.cat(list(eager_chunks(opened, vae_encoder_stages(opened.arch), frame_groups(frames, opened.arch))), dim=1)
-    error = relative_error(encode_stream(opened.encoder, frames.numpy(), opened.arch), normalise(expected.numpy(), opened.arch))
+    reference: Any = EagerVae(opened.arch, vae_encoder_stages(opened.arch), opened.tensors)
+    expected = encode_stream(reference, frames.numpy(), opened.arch)
+    error = relative_error(encode_stream(opened.encoder, frames.numpy(), opened.arch), expected)
     record_property("encoded", error)
     assert error < TOLERANCES["vae, cuda bf16"]
 
@@ -97,6 +90,47 @@ def test_decoding_twice_gives_the_same_bits(opened: Opened) -> None:
     latents = random_latents(opened.arch, 3, (3, 5)).numpy()
     once, twice = (np.concatenate(list(decode_stream(opened.decoder, latents, opened.arch)), axis=1) for _ in range(2))
     np.testing.assert_array_equal(once, twice)
+
+
+def test_colours_are_those_the_host_makes_of_the_frames(opened: Opened) -> None:
+    latents = 40 * random_latents(opened.arch, 4, (3, 5)).numpy()  # so that some colours are clamped
+    expected = [to_uint8(chunk) for chunk in decode_stream(opened.decoder, latents, opened.arch)]
+    assert {0, 255} <= set(np.unique(np.concatenate(expected)))
+    for ours, theirs in zip(decode_colours(opened.decoder, latents, opened.arch), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("upright", [False, True], ids=["columns", "rows"])
+def test_strips_give_the_whole_frames_and_latents(opened: Opened, upright: bool, record_property: Any) -> None:
+    """As near as a convolution's other tiles of other shapes: they may sum in another order, and bf16 rounds what they sum."""
+    arch, short = opened.arch, 2
+
+    def size(margin: int) -> tuple[int, int]:
+        return (2 * margin + 5, short) if upright else (short, 2 * margin + 5)
+
+    latents = random_latents(arch, 3, size(decoder_margin(arch))).numpy()
+    frames = random_frames(arch, 3, size(encoder_margin(arch))).numpy()
+    whole = np.concatenate(list(decode_stream(opened.decoder, latents, arch)), axis=1)
+    encoded = encode_stream(opened.encoder, frames, arch)
+    for num_strips in (2, 3):
+        chunks = list(decode_stream(opened.decoder, latents, arch, num_strips=num_strips))
+        errors = {
+            "decoded": relative_error(np.concatenate(chunks, axis=1), whole),
+            "encoded": relative_error(encode_stream(opened.encoder, frames, arch, num_strips=num_strips), encoded),
+        }
+        for name, error in errors.items():
+            record_property(f"{name} in {num_strips} strips", error)
+            assert error < TOLERANCES["vae, cuda bf16"]
+
+
+def test_a_decoding_that_was_given_up_leaves_its_memory_to_the_next(opened: Opened) -> None:
+    latents = random_latents(opened.arch, 4, (3, 5)).numpy()
+    expected = np.concatenate(list(decode_colours(opened.decoder, latents, opened.arch)))
+    for _ in range(5):
+        stream = decode_colours(opened.decoder, latents, opened.arch)
+        next(stream)
+        del stream
+    np.testing.assert_array_equal(np.concatenate(list(decode_colours(opened.decoder, latents, opened.arch))), expected)
 
 
 def noise(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> Array:
@@ -178,6 +212,18 @@ def test_layouts_turn_and_pad_channels_with_zeros(device: Device, kernels: VaeKe
     np.testing.assert_array_equal(device.to_host(back), planes)
     kernels.zeros(rows)
     assert not get(device, rows).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 16, 24), (3, 40, 72)])
+def test_colours_are_truncated_as_the_host_truncates_them(
+    device: Device, kernels: VaeKernels, shape: tuple[int, int, int]
+) -> None:
+    edges = np.arange(257, dtype=np.float32) / np.float32(127.5) - 1
+    values = np.concatenate([edges, np.nextafter(edges, np.float32(-2)), np.nextafter(edges, np.float32(2)), [-3, 3]])
+    frames = np.random.default_rng(0).choice(values.astype(np.float32), (3, *shape))
+    out = device.empty((*shape, 3), DType.U8)
+    kernels.colours(device.from_host(frames), out)
+    np.testing.assert_array_equal(device.to_host(out), to_uint8(frames))
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(1, 1, 8), (5, 7, 32), (33, 35, 384)])

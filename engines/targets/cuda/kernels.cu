@@ -6,6 +6,7 @@
 // argument structs.
 
 #include "clip.cuh"
+#include "patches.cuh"
 #include "rows.cuh"
 #include "small.cuh"
 #include "spread.cuh"
@@ -296,6 +297,9 @@ ENTRY(to_channels_last, 256, LayoutArguments, kFull, to_channels_last_positions)
 ENTRY(to_planes, 256, LayoutArguments, kFull, to_planes_positions)
 ENTRY(add_average_down, 256, ShortcutArguments, kFull, add_average_down_positions)
 ENTRY(add_duplicate_up, 256, ShortcutArguments, kFull, add_duplicate_up_positions)
+ENTRY(colours, 256, ColoursArguments, kFull, colours_of_pixels)
+ENTRY(cut_patches, 256, PatchArguments, kFull, cut_patch_numbers)
+ENTRY(join_patches, 256, PatchArguments, kFull, join_patch_numbers)
 ENTRY(softmax, 256, SoftmaxArguments, kFull, softmax_queries)
 ENTRY(transpose, 256, TransposeArguments, kFull, transpose_tiles)
 #if __CUDA_ARCH__ >= 890

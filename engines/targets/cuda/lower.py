@@ -7,13 +7,15 @@ import onnx
 from engines.targets.cuda.lower_image_encoder import ImageEncoderLowering
 from engines.targets.cuda.lower_text_encoder import TextEncoderLowering
 from engines.targets.cuda.lower_transformer import TransformerLowering
-from engines.targets.cuda.lower_vae import VaeLowering
+from engines.targets.cuda.lower_vae import ColoursLowering, VaeLowering
 from engines.targets.cuda.lowering import Lowering
 from runtime.backends.cuda.plan import Plan
 from runtime.precision import with_fp8_attention
 from runtime.specs import StageSpec
+from runtime.stages.vae import COLOURS
 
-_LOWERINGS: dict[str, type[Lowering]] = {
+_LOWERINGS: dict[str, type[Lowering]] = {  # by network, or by stage
+    COLOURS: ColoursLowering,
     "image_encoder": ImageEncoderLowering,
     "text_encoder": TextEncoderLowering,
     "transformer": TransformerLowering,
@@ -32,6 +34,6 @@ def lower_stage(graph: onnx.ModelProto, stage: StageSpec) -> Plan:
     Raises:
         BuildError: the graph holds something the `cuda` target has no kernel for.
     """
-    lowering, narrow = _LOWERINGS[stage.network], with_fp8_attention(stage)
+    lowering, narrow = _LOWERINGS.get(stage.name) or _LOWERINGS[stage.network], with_fp8_attention(stage)
     plan = lowering(graph, stage).plan()
     return plan if narrow == stage else replace(plan, fp8_attention=lowering(graph, narrow).plan())

@@ -28,15 +28,17 @@ class VaeLowering(Lowering):
     _side: int  # of the squares of pixels that the last channels are
 
     def __init__(self, model: onnx.ModelProto, stage: StageSpec) -> None:
-        self._made = stage.outputs[0]
-        num_frames = _number(self._made.shape[1])
-        self._starts = range(0, num_frames, FRAMES_AT_A_TIME)
-        cut = cut_before_frames(model) if len(self._starts) > 1 else None
-        if cut is None:
-            self._starts = range(0, num_frames, num_frames)
-        else:
-            names = {tensor.name for tensor in stage.outputs[1:]}
-            model = unroll_frames(model, cut, self._starts, num_frames, shared=names)
+        self._starts = range(1)
+        frames = next((tensor for tensor in stage.outputs if tensor.name == "frames"), None)
+        num_frames = 1 if frames is None else _number(frames.shape[1])
+        caches = {
+            name for tensor in stage.outputs for name in (tensor.name, tensor.name.removeprefix("next_")) if "cache_" in name
+        }
+        given = {tensor.name for tensor in stage.inputs} - caches
+        cut = cut_before_frames(model, given) if num_frames > FRAMES_AT_A_TIME else None
+        if cut is not None:
+            self._starts = range(0, num_frames, FRAMES_AT_A_TIME)
+            model = unroll_frames(model, cut, self._starts, num_frames, shared=caches)
         super().__init__(model, stage)
 
     def operators(self) -> Mapping[Operator, Callable[[onnx.NodeProto], None]]:
@@ -62,6 +64,7 @@ class VaeLowering(Lowering):
         }
         return {
             ("", "Add"): self._add,
+            ("", "Identity"): self._same,  # of a value that leaves the stage twice
             ("", "Reshape"): self._same,  # of an attention's weight [O, C, 1, 1]: a convolution here
             ("", "Split"): self._split,
             **{(FUNCTION_DOMAIN, name): lower for name, lower in ours.items()},
@@ -74,9 +77,9 @@ class VaeLowering(Lowering):
 
     def as_dtype(self, name: str, dtype: DType) -> str:
         """What leaves the stage in float32 leaves as planes."""
-        if name != self._made.name:
+        if dtype is not DType.F32:
             return self.alias.get(name, name)
-        out = self.buffer(f"{name}.planes", self._made.shape, dtype)
+        out = self.buffer(f"{name}.planes", next(tensor.shape for tensor in self.stage.outputs if tensor.name == name), dtype)
         for start in self._starts:
             part = part_name(name, start) if len(self._starts) > 1 else name
             self.step(StepKind.PLANES, {"x": part}, {"out": out}, side=self._side, first_frame=start)
@@ -250,6 +253,17 @@ class VaeLowering(Lowering):
 
     def _cache_shape(self, name: str) -> tuple[Axis, ...]:
         return next(tensor.shape for tensor in self.stage.outputs if tensor.name == name)
+
+
+class ColoursLowering(Lowering):
+    """Decoded frames to colours: the one stage that leaves planes as they are."""
+
+    def operators(self) -> Mapping[Operator, Callable[[onnx.NodeProto], None]]:
+        return {(FUNCTION_DOMAIN, "FrameColours"): self._colours}
+
+    def _colours(self, node: onnx.NodeProto) -> None:
+        (colours,) = self.stage.outputs
+        self.step(StepKind.COLOURS, {"x": node.input[0]}, {"out": self.buffer(node.output[0], colours.shape, colours.dtype)})
 
 
 def _number(axis: Axis) -> int:

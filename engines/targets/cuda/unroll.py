@@ -18,14 +18,18 @@ Cut = tuple[int, str]
 """The first node that runs once per part, and the one value that goes from the nodes before to those after."""
 
 
-def cut_before_frames(model: onnx.ModelProto) -> Cut | None:
-    """The earliest place after the last change of the number of frames at which a single value goes on; None without such a change."""
+def cut_before_frames(model: onnx.ModelProto, given: Collection[str]) -> Cut | None:
+    """The earliest place after the last change of the number of frames at which a single value goes on; None without such a change.
+
+    Args:
+        given: inputs of the graph that hold frames, caches not counted.
+    """
     nodes = model.graph.node
     changes = [index for index, node in enumerate(nodes) if node.op_type == "InterleaveFrames"]
     if not changes:
         return None
     for index in range(changes[-1] + 1, len(nodes)):
-        before = {name for node in nodes[:index] for name in node.output}
+        before = {name for node in nodes[:index] for name in node.output}.union(given)
         crossing = {name for node in nodes[index:] for name in node.input} & before
         if len(crossing) == 1:
             return index, crossing.pop()

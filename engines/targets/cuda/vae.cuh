@@ -6,6 +6,7 @@
 
 constexpr int kMaxPast = 2;
 constexpr int kTransposeSide = 32;
+constexpr int kPixelsPerThread = 4;
 
 struct ChannelNormArguments {
     Tile tile;  // positions of one frame, channels
@@ -158,6 +159,33 @@ __device__ void to_planes_positions(const LayoutArguments& a) {
         for (int i = 0; i < 8; ++i)
             if (first + i < a.channels) a.planes[plane_index(a, position, first + i)] = value[i];
     }
+}
+
+struct ColoursArguments {
+    Tile tile;
+    const float* planes;  // [3, pixels]
+    u8* colours;          // [pixels, 3]
+    int num_pixels;
+};
+
+__device__ u32 colour_level(float value) { return u32(fminf(fmaxf(value * 0.5f + 0.5f, 0.0f), 1.0f) * 255.0f); }
+
+// A thread turns four neighbouring pixels: 16 bytes of each plane into 12 bytes of colours.
+__device__ void colours_of_pixels(const ColoursArguments& a) {
+    const i64 first = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * kPixelsPerThread;
+    if (first >= a.num_pixels) return;
+    u32 level[3 * kPixelsPerThread];
+#pragma unroll
+    for (int plane = 0; plane < 3; ++plane) {
+        const float4 value = *reinterpret_cast<const float4*>(a.planes + i64(plane) * a.num_pixels + first);
+        level[plane] = colour_level(value.x);
+        level[3 + plane] = colour_level(value.y);
+        level[6 + plane] = colour_level(value.z);
+        level[9 + plane] = colour_level(value.w);
+    }
+    u32* out = reinterpret_cast<u32*>(a.colours + 3 * first);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) out[i] = level[4 * i] | level[4 * i + 1] << 8 | level[4 * i + 2] << 16 | level[4 * i + 3] << 24;
 }
 
 struct ShortcutArguments {

@@ -13,10 +13,11 @@ HOST_TYPES: dict[DType, Any] = {
     DType.F32: np.float32,
     DType.F16: np.float16,
     DType.BF16: np.uint16,
+    DType.U8: np.uint8,
     DType.F8_E4M3: np.uint8,
     DType.I64: np.int64,
 }
-"""How each dtype travels in NumPy: bf16 and fp8 as their bits."""
+"""How each dtype travels in NumPy: bf16 and fp8 as their bits. Of two with the same type there, the last is meant unless one is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class Buffer:
             self._recycle = None
 
     def __del__(self) -> None:
-        self.release()  # only into the arena: the memory itself is freed by the device
+        self.release()  # on any thread, at any time: who takes it back sees to that (`runtime.backends.cuda.turns`)
 
 
 def expect(array: DeviceArray, dtype: DType, shape: tuple[int, ...]) -> None:

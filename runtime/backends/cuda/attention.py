@@ -5,14 +5,16 @@ Queries, keys and values are [N, H·d] with any row stride, so they may be colum
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from runtime.backends.cuda.cudnn import open_cudnn
+from runtime.backends.cuda.cudnn import MOST_GRAPHS, MOST_WORKSPACE_BYTES, GraphCall, open_cudnn
 from runtime.backends.cuda.device import Device, DeviceArray
-from runtime.errors import CudaError, EngineError
+from runtime.backends.cuda.recent import recall
+from runtime.errors import EngineError
 from runtime.specs import DType
 
 SOFTMAX_SCALE = 256.0
@@ -110,9 +112,7 @@ class Attention:
         """
         masked = num_keys is not None and num_keys != key.shape[0]
         problem = self._problem(query, key, value, out, num_heads, masked=masked)
-        graph = self._graphs.get(problem)
-        if graph is None:
-            graph = self._graphs[problem] = self._build(problem)
+        graph = recall(self._graphs, problem, self._build, most=MOST_GRAPHS)
         pointers = {_QUERY: query.pointer, _KEY: key.pointer, _VALUE: value.pointer, _OUT: out.pointer}
         if problem.is_fp8:
             one, softmax_scale, softmax_descale, amax_s, amax_o = (self._constants.pointer + 4 * i for i in range(5))
@@ -123,10 +123,7 @@ class Attention:
         if masked:
             counts = self._counts_of(query.shape[0], num_keys or 0)
             pointers |= {_QUERIES: counts.pointer, _KEYS: counts.pointer + 4}
-        try:
-            graph.execute(pointers, self._workspace.pointer, handle=self._handle)
-        except RuntimeError as exc:
-            raise CudaError(f"{problem}: cuDNN failed: {exc}") from exc
+        self._device.calls.put(GraphCall(problem, partial(self._execute, graph), pointers))
 
     def close(self) -> None:
         self._graphs.clear()
@@ -176,6 +173,9 @@ class Attention:
             masked=masked,
         )
 
+    def _execute(self, graph: Any, pointers: dict[int, int]) -> None:
+        graph.execute(pointers, self._workspace.pointer, handle=self._handle)  # the workspace may have grown meanwhile
+
     def _build(self, problem: _Problem) -> Any:
         cudnn = self._cudnn
         try:
@@ -189,6 +189,7 @@ class Attention:
             graph.validate()
             graph.build_operation_graph()
             graph.create_execution_plans([cudnn.heur_mode.A])
+            graph.deselect_workspace_greater_than(MOST_WORKSPACE_BYTES)
             graph.check_support()
             graph.build_plans()
         except (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError) as exc:

@@ -5,7 +5,7 @@ Arrays are as in `runtime.backends.cuda.kernels`: matrices with any `row_stride`
 
 from runtime.backends.cuda import launch
 from runtime.backends.cuda.array import Unit, expect
-from runtime.backends.cuda.device import Device, DeviceArray, check
+from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.errors import EngineError
 from runtime.specs import DType
 
@@ -80,7 +80,7 @@ class AttentionKernels:
         filled = x.with_spare_rows(count).rows(x.shape[0], x.shape[0] + count)
         if x.dtype is not DType.F8_E4M3 or not x.is_contiguous:
             raise ValueError(f"expected a contiguous array of F8_E4M3, got {x.dtype} with row stride {x.row_stride}")
-        check("cuMemsetD8Async", self._driver.cuMemsetD8Async(filled.pointer, 0, filled.nbytes, self._device.stream))
+        self._device.calls.put(launch.Clearing(self._driver, filled, self._device.stream))
 
     def _spread(
         self,

@@ -4,12 +4,14 @@ A kernel [O, kt, kh, kw, C] goes over a window of frames, [O, kh, kw, C] over ea
 """
 
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from runtime.backends.cuda.cudnn import open_cudnn
+from runtime.backends.cuda.cudnn import MOST_GRAPHS, MOST_WORKSPACE_BYTES, GraphCall, open_cudnn
 from runtime.backends.cuda.device import Device, DeviceArray
-from runtime.errors import CudaError, EngineError
+from runtime.backends.cuda.recent import recall
+from runtime.errors import EngineError
 from runtime.specs import DType
 
 _X, _WEIGHT, _BIAS, _OUT, _RESIDUAL = 1, 2, 3, 4, 5  # cuDNN's tensor ids
@@ -75,17 +77,11 @@ class Convolution:
             EngineError: the shapes do not fit each other, or cuDNN has no kernel for them on this device.
         """
         problem = _problem(x, weight, bias, out, residual, pads, (time_stride, space_stride))
-        found = self._graphs.get(problem)
-        if found is None:
-            found = self._graphs[problem] = self._build(problem)
-        graph, index = found
+        graph, index = recall(self._graphs, problem, self._build, most=MOST_GRAPHS)
         pointers = {_X: x.pointer, _WEIGHT: weight.pointer, _BIAS: bias.pointer, _OUT: out.pointer}
         if residual is not None:
             pointers[_RESIDUAL] = residual.pointer
-        try:
-            graph.execute_plan_at_index(pointers, self._workspace.pointer, index, handle=self._handle)
-        except RuntimeError as exc:
-            raise CudaError(f"{problem}: cuDNN failed: {exc}") from exc
+        self._device.calls.put(GraphCall(problem, partial(self._execute, graph, index), pointers))
 
     def close(self) -> None:
         self._graphs.clear()
@@ -98,6 +94,9 @@ class Convolution:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _execute(self, graph: Any, index: int, pointers: dict[int, int]) -> None:
+        graph.execute_plan_at_index(pointers, self._workspace.pointer, index, handle=self._handle)
 
     def _build(self, problem: _Problem) -> tuple[Any, int]:
         """The graph, and which of its candidates runs."""
@@ -136,8 +135,9 @@ class Convolution:
                 graph.build_plan_at_index(index)
             except (self._cudnn.cudnnGraphNotSupportedError, RuntimeError):
                 continue  # a candidate that this device cannot build; the last error is not more telling than the list's end
-            return index
-        raise RuntimeError(f"none of {count} candidates can be built")
+            if int(graph.get_workspace_size_plan_at_index(index)) <= MOST_WORKSPACE_BYTES:
+                return index
+        raise RuntimeError(f"none of {count} candidates can be built and makes do with {MOST_WORKSPACE_BYTES >> 20} MiB")
 
 
 def fuses_residual(out: DeviceArray) -> bool:

@@ -1,12 +1,14 @@
 """cuBLASLt's own objects for one matrix product: what is asked, the descriptors that say so, and the kernels offered for it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from runtime.backends.base import Array
-from runtime.errors import EngineError
+from runtime.backends.cuda.calls import relocate, relocations
+from runtime.errors import CudaError, EngineError
 from runtime.specs import DType
 
 WORKSPACE_BYTES = 64 << 20
@@ -47,8 +49,8 @@ class ProductPlan:
     def __init__(self, library: Any, handle: int, problem: Problem, *, anywhere: int) -> None:
         self._library = library
         self._pointer = np.zeros(1, np.int64)
+        self.operation, self.layouts = 0, list[int]()
         self.operation = library.matmul_desc_create(_COMPUTE_32F, _CUDA_TYPES[DType.F32])
-        self.layouts: list[int] = []
         try:
             self._describe(problem)
             if problem.is_fp8:  # the heuristic refuses vector scales that have no address yet
@@ -73,10 +75,15 @@ class ProductPlan:
         self._library.matmul_desc_set_attribute(self.operation, attribute, self._pointer.ctypes.data, 8)
 
     def close(self) -> None:
-        for layout in self.layouts:
-            self._library.matrix_layout_destroy(layout)
-        self._library.matmul_desc_destroy(self.operation)
-        self.layouts = []
+        """Release the descriptors; no call that is still to be queued may use them."""
+        if self.operation:
+            for layout in self.layouts:
+                self._library.matrix_layout_destroy(layout)
+            self._library.matmul_desc_destroy(self.operation)
+        self.operation, self.layouts = 0, []
+
+    def __del__(self) -> None:
+        self.close()  # host memory, of a plan that nobody asked for in a long time and that no prepared call uses
 
     def _describe(self, problem: Problem) -> None:
         library = self._library
@@ -136,6 +143,40 @@ class ProductPlan:
             library.matmul_preference_destroy(preference)
         usable: Array = results[: int(found[0])]
         return np.ascontiguousarray(usable[usable["state"] == 0])
+
+
+class Product:
+    """One product of a plan (`runtime.backends.cuda.calls.Call`).
+
+    Args:
+        pointers: of the operation: bias and scales, by attribute.
+        arguments: of cublasLtMatmul.
+        kept: what has to live as long as this.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        problem: Problem,
+        plan: ProductPlan,
+        pointers: Mapping[Any, int],
+        arguments: Sequence[int],
+        kept: Any,
+    ) -> None:
+        self._library, self._problem, self._plan, self._kept = library, problem, plan, kept
+        self._pointers, self._arguments = dict(pointers), list(arguments)
+        self._symbols = relocations(enumerate(arguments))
+        self._pointer_symbols = relocations(pointers.items())
+
+    def queue(self, addresses: Sequence[int]) -> None:
+        relocate(self._pointers, self._pointer_symbols, addresses)
+        for attribute, pointer in self._pointers.items():
+            self._plan.point(attribute, pointer)
+        relocate(self._arguments, self._symbols, addresses)
+        try:
+            self._library.matmul(*self._arguments)
+        except self._library.cuBLASLtError as exc:
+            raise CudaError(f"{self._problem}: cublasLtMatmul failed: {exc}") from exc
 
 
 def open_library() -> Any:

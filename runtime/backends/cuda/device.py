@@ -12,6 +12,7 @@ import numpy as np
 from runtime.backends.base import Array
 from runtime.backends.cuda.arena import Pools
 from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contiguous
+from runtime.backends.cuda.calls import Calls
 from runtime.errors import CudaError, DeviceMemoryError, EngineError
 from runtime.memory import Layout, gib
 from runtime.residency import whole_pages
@@ -56,6 +57,8 @@ class Device:
         """Handle of the one compute stream."""
         self._taken: dict[int, int] = {}  # address → bytes, everything taken from the driver
         self._pools = Pools(self._take)
+        self.calls = Calls()
+        """What kernels and libraries queue on the stream goes through here."""
         self.limit_bytes: int | None = None
         """The most that may be taken from the driver; None: all there is."""
         self.reserved_bytes = 0
@@ -80,6 +83,14 @@ class Device:
             DeviceMemoryError: not enough memory, even with the free list given back.
         """
         return self._pools.empty(shape, dtype)
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Memory for an array of so many bytes, as `empty` takes it.
+
+        Raises:
+            DeviceMemoryError: not enough memory, even with the free list given back.
+        """
+        return self._pools.allocate(nbytes)
 
     def slab(self, nbytes: int) -> DeviceArray:
         """Bytes of their own, which go back to the driver when the array is freed or dropped.
@@ -213,6 +224,7 @@ class Device:
     def _give(self, pointer: int) -> None:
         if not self._closed:
             self.reserved_bytes -= self._taken.pop(pointer)
+            self.make_current()  # the cycle collector may drop a slab on any thread
             check("cuMemFree", self._driver.cuMemFree(pointer))
 
     def _copy_out(self, array: DeviceArray, result: Array) -> Any:

@@ -1,7 +1,9 @@
 """The `cuda` target: plans executed on one stream by compiled kernels, cuBLASLt and cuDNN. A tensor is a `DeviceArray`."""
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,77 +18,21 @@ from runtime.backends.cuda.attention_kernels import AttentionKernels
 from runtime.backends.cuda.clip_kernels import ClipKernels
 from runtime.backends.cuda.convolution import Convolution, fuses_residual
 from runtime.backends.cuda.device import Device, DeviceArray
+from runtime.backends.cuda.feed_forward import feed_forward
 from runtime.backends.cuda.kernels import Kernels
 from runtime.backends.cuda.linear import Linear
-from runtime.backends.cuda.plan import COUNTS, FLAGS, PLAN_VERSION, Buffer, Plan, Step, StepKind, View
-from runtime.backends.cuda.plan_checks import REBUILD, check_plan, view_roots
+from runtime.backends.cuda.patch_kernels import PatchKernels
+from runtime.backends.cuda.plan import COUNTS, FLAGS, PLAN_VERSION, Plan, Step, StepKind
+from runtime.backends.cuda.plan_checks import REBUILD, check_plan
+from runtime.backends.cuda.prepared import CudaEngine
+from runtime.backends.cuda.readback import Readback
 from runtime.backends.cuda.self_attention import SelfAttention
 from runtime.backends.cuda.text_kernels import TextKernels
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.errors import EngineError
-from runtime.specs import DType, Precision, StageSpec, match_shapes, resolve
-
-
-class CudaEngine:
-    """One stage's plan. Buffers live from the step that writes them to the last that reads them."""
-
-    def __init__(self, plan: Plan, stage: StageSpec, backend: "CudaBackend") -> None:
-        self._plan, self._stage, self._backend = plan, stage, backend
-        self._buffers = {buffer.name: buffer for buffer in plan.buffers}
-        self._views = {view.name: view for view in plan.views}
-        self._roots = view_roots(plan)
-        self._dropped = self._last_uses()
-
-    def run(self, tensors: Mapping[str, DeviceArray], *, consumed: Collection[str] = ()) -> dict[str, DeviceArray]:
-        extents = match_shapes(self._stage, {tensor.name: tensors[tensor.name].shape for tensor in self._stage.inputs})
-        arrays = dict(tensors)
-        try:
-            for step, dropped in zip(self._plan.steps, self._dropped, strict=True):
-                self._run_step(step, arrays, extents)
-                for name in dropped:
-                    if name in self._buffers:
-                        arrays.pop(name, None)
-                    elif name in consumed:
-                        arrays[name].free()
-            return {name: self._array(arrays, array) for name, array in self._plan.outputs.items()}
-        except (ValueError, TypeError, LookupError, ArithmeticError) as exc:  # a plan is a file, which may ask for anything
-            raise EngineError(f"{self._stage.name}: the plan's arrays do not fit its steps: {exc}", hint=REBUILD) from exc
-
-    def close(self) -> None:
-        """Nothing is held between runs."""
-
-    def _run_step(self, step: Step, arrays: dict[str, DeviceArray], extents: Mapping[str, int]) -> None:
-        for name in step.outputs.values():
-            if name in arrays:
-                continue  # written in parts, by several steps
-            buffer = self._buffers[name]
-            arrays[name] = self._backend.allocate(tuple(resolve(axis, extents) for axis in buffer.shape), buffer)
-        given = {argument: self._array(arrays, name) for argument, name in step.inputs.items()}
-        made = self._backend.execute(step, given, {argument: arrays[name] for argument, name in step.outputs.items()})
-        arrays |= {step.outputs[argument]: array for argument, array in made.items()}
-
-    def _array(self, arrays: Mapping[str, DeviceArray], name: str) -> DeviceArray:
-        views: list[View] = []
-        while (view := self._views.get(name)) is not None:
-            views.append(view)
-            name = view.source
-        array = arrays[name]
-        for view in reversed(views):
-            array = (array.rows if view.axis == 0 else array.columns)(view.start, view.stop)
-        return array
-
-    def _last_uses(self) -> list[list[str]]:
-        """After each step, the buffers and inputs that nothing reads any more."""
-        kept = {self._root(name) for name in self._plan.outputs.values()}
-        dropped: list[list[str]] = []
-        for step in reversed(self._plan.steps):
-            used = {self._root(name) for name in (*step.inputs.values(), *step.outputs.values())}
-            dropped.append(sorted(used - kept))
-            kept |= used
-        return dropped[::-1]
-
-    def _root(self, name: str) -> str:
-        return self._roots.get(name, name)
+from runtime.geometry import token_grid
+from runtime.specs import DType, Precision, StageSpec
+from runtime.variants import TransformerArch
 
 
 class Libraries:
@@ -112,8 +58,11 @@ class Libraries:
         self.self_attention = SelfAttention(self.attention, self.attention_kernels)
         self.convolution = Convolution(device)
         self.vae = VaeKernels(device, cubin, self.linear)
+        self.patches = PatchKernels(device, cubin)
+        self.readback = Readback(device)
 
     def close(self) -> None:
+        self.readback.close()
         self.convolution.close()
         self.attention.close()
         self.linear.close()
@@ -151,6 +100,7 @@ class CudaBackend:
             StepKind.QK_NORM_ROPE: libraries.kernels.qk_norm_rope,
             StepKind.QUANTIZE_ROWS: libraries.kernels.quantize_rows,
             StepKind.LINEAR: self._linear,
+            StepKind.FEED_FORWARD: partial(feed_forward, libraries.kernels, libraries.linear),
             StepKind.ATTENTION: self._attend,
             StepKind.QUANTIZE_CENTRED: self._quantize_centred,
             StepKind.RESTORE: libraries.attention_kernels.restore,
@@ -172,6 +122,7 @@ class CudaBackend:
             StepKind.ZEROS: libraries.vae.zeros,
             StepKind.ADD_AVERAGE_DOWN: libraries.vae.add_average_down,
             StepKind.ADD_DUPLICATE_UP: libraries.vae.add_duplicate_up,
+            StepKind.COLOURS: libraries.vae.colours,
         }
 
     def _open_device(self) -> Device:
@@ -203,14 +154,25 @@ class CudaBackend:
     def to_host(self, tensor: DeviceArray) -> Array:
         return self.device.to_host(tensor)
 
-    def allocate(self, shape: tuple[int, ...], buffer: Buffer) -> DeviceArray:
-        """An array for a buffer of a plan, with the spare rows that it asks for."""
-        spare = -shape[0] % buffer.row_multiple if buffer.row_multiple > 1 else 0
-        array = self.device.empty((shape[0] + spare, *shape[1:]) if spare else shape, buffer.dtype)
-        return array.sparing_rows(spare) if spare else array
+    def fetch(self, tensor: DeviceArray) -> Callable[[], Array]:
+        return self._libraries.readback.fetch(tensor)
+
+    def cut_patches(self, latents: Array, arch: TransformerArch) -> DeviceArray:
+        source = self.to_device(latents)
+        shape = math.prod(token_grid(latents.shape, arch)), latents.shape[0] * math.prod(arch.patch_size)
+        patches = self.device.empty(shape, DType.F32)
+        self._libraries.patches.cut(source, patches, arch.patch_size)
+        return patches
+
+    def join_patches(self, patches: DeviceArray, grid: tuple[int, int, int], arch: TransformerArch) -> DeviceArray:
+        channels = patches.shape[1] // math.prod(arch.patch_size)
+        extents = (extent * size for extent, size in zip(grid, arch.patch_size, strict=True))
+        latents = self.device.empty((channels, *extents), DType.F32)
+        self._libraries.patches.join(patches, latents, arch.patch_size)
+        return latents
 
     def execute(self, step: Step, inputs: dict[str, DeviceArray], outputs: dict[str, DeviceArray]) -> Mapping[str, DeviceArray]:
-        """Queue one step of a plan on the stream.
+        """Queue one step of a plan on the stream, or note its calls while the plan is prepared.
 
         Returns:
             Outputs that are more than the array given for them, by argument: the same memory, with its unit.

@@ -4,8 +4,10 @@ Which kernel computes what, and what its arrays must look like, is said in `runt
 """
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from runtime.backends.cuda.calls import relocate, relocations
 from runtime.backends.cuda.device import Device, DeviceArray, check
 from runtime.errors import EngineError
 
@@ -88,6 +90,11 @@ SHORTCUT = _structure(
     "ShortcutArguments", tile=_Tile, x=_POINTER, level_input=_POINTER, out=_POINTER, width=_INT, frame_positions=_INT,
     in_channels=_INT, time_factor=_INT, space_factor=_INT, offset=_INT,
 )  # fmt: skip
+COLOURS = _structure("ColoursArguments", tile=_Tile, planes=_POINTER, colours=_POINTER, num_pixels=_INT)
+PATCHES = _structure(
+    "PatchArguments", tile=_Tile, x=_POINTER, out=_POINTER, channels=_INT, frames=_INT, height=_INT, width=_INT, patch_frames=_INT,
+    patch_height=_INT, patch_width=_INT,
+)  # fmt: skip
 SOFTMAX = _structure("SoftmaxArguments", tile=_Tile, scores=_POINTER, out=_POINTER, num_keys=_INT, scale=_FLOAT)
 TRANSPOSE = _structure("TransposeArguments", tile=_Tile, x=_Rows, out=_POINTER, padded=_INT)
 
@@ -141,25 +148,28 @@ class Module:
             return
         packed = structure()
         packed.tile = _Tile(num_rows, num_columns)
+        pointers: dict[int, int] = {}  # by byte in the structure
         for field, kind in structure._fields_[1:]:  # type: ignore[misc]
             value = arguments[field]
             if isinstance(value, DeviceArray):
                 aligned = aligned and _is_aligned(value)
                 setattr(packed, field, _Rows(value.pointer, value.row_stride) if kind is _Rows else value.pointer)
+                pointers[getattr(structure, field).offset] = value.pointer
             elif value is not None:
                 setattr(packed, field, value)
+                if kind is _POINTER:
+                    pointers[getattr(structure, field).offset] = int(value)
         threads = threads or -(-num_columns // (COLUMNS_PER_VECTOR * VECTORS_PER_THREAD * 32)) * 32
         blocks = blocks or -(-num_rows // ROWS_PER_BLOCK)
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         width = threads * COLUMNS_PER_VECTOR
         full = num_columns == width * VECTORS_PER_THREAD and width % period == 0
         if only_aligned and not aligned:
             raise EngineError(f"{name} takes arrays whose rows are whole 16-byte words")
         suffix = "" if only_aligned else "_unaligned" if not aligned else "" if full else "_ragged"
         function = self._function(f"{name}{suffix}")
-        launch = self._driver.cuLaunchKernel
-        result = launch(function, blocks, 1, 1, threads, 1, 1, 0, self._device.stream, ctypes.addressof(parameters), 0)
-        check(f"cuLaunchKernel({name})", result)
+        self._device.calls.put(
+            _Launch(name, self._driver.cuLaunchKernel, function, (blocks, threads), self._device.stream, packed, pointers)
+        )
 
     def _function(self, name: str) -> Any:
         function = self._functions.get(name)
@@ -174,6 +184,52 @@ class Module:
         return function
 
 
+class _Launch:
+    """One kernel with its arguments (`runtime.backends.cuda.calls.Call`).
+
+    Args:
+        grid: blocks, and threads of each.
+        pointers: the addresses in `packed`, by their byte in it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        launch: Any,
+        function: Any,
+        grid: tuple[int, int],
+        stream: int,
+        packed: ctypes.Structure,
+        pointers: Mapping[int, int],
+    ) -> None:
+        self._name, self._launch = name, launch
+        self._words = (_POINTER * (ctypes.sizeof(packed) // _WORD)).from_buffer(packed)
+        self._symbols = relocations((byte // _WORD, pointer) for byte, pointer in pointers.items())
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        blocks, threads = grid
+        self._arguments = (function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(self._parameters), 0)
+
+    def queue(self, addresses: Sequence[int]) -> None:
+        relocate(self._words, self._symbols, addresses)
+        result = self._launch(*self._arguments)  # which copies the arguments
+        if result[0] != 0:
+            check(f"cuLaunchKernel({self._name})", result)
+
+
+class Clearing:
+    """Zeros in all of a contiguous array (`runtime.backends.cuda.calls.Call`)."""
+
+    def __init__(self, driver: Any, array: DeviceArray, stream: int) -> None:
+        self._driver = driver
+        self._arguments = [array.pointer, 0, array.nbytes, stream]
+        self._symbols = relocations(enumerate(self._arguments[:1]))
+
+    def queue(self, addresses: Sequence[int]) -> None:
+        relocate(self._arguments, self._symbols, addresses)
+        check("cuMemsetD8Async", self._driver.cuMemsetD8Async(*self._arguments))
+
+
+_WORD = 8  # bytes of a pointer; every structure has some, so it is whole words
 _NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 

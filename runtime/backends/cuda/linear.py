@@ -10,11 +10,13 @@ from typing import Self
 
 import numpy as np
 
-from runtime.backends.cuda.cublaslt import WORKSPACE_BYTES, Problem, ProductPlan, open_library
+from runtime.backends.cuda.cublaslt import WORKSPACE_BYTES, Problem, Product, ProductPlan, open_library
 from runtime.backends.cuda.device import Device, DeviceArray
-from runtime.errors import CudaError, EngineError
+from runtime.backends.cuda.recent import recall
+from runtime.errors import EngineError
 from runtime.specs import DType
 
+_MOST_PLANS = 1024
 _FP8_MULTIPLE = 16  # bytes: cuBLASLt refuses fp8 operands whose rows are not whole 16-byte words
 
 
@@ -77,30 +79,24 @@ class Linear:
             EngineError: the shapes do not fit each other, or cuBLASLt has no kernel for them on this device.
         """
         problem = self._problem(x, weight, bias, out, x_scale, weight_scale, gelu, fast_accumulation)
-        plan = self._plans.get(problem)
-        if plan is None:
-            plan = self._plans[problem] = self._plan(problem)
+        plan = recall(self._plans, problem, self._plan, most=_MOST_PLANS)
         if choice >= plan.num_choices:
             raise EngineError(f"{problem}: choice {choice} of {plan.num_choices} kernels")
         attribute = self._library.MatmulDescAttribute
-        if bias is not None:
-            plan.point(attribute.BIAS_POINTER, bias.pointer)
+        pointers = {} if bias is None else {attribute.BIAS_POINTER: bias.pointer}
         alpha, beta = int(self._host_scalars.ctypes.data), int(self._host_scalars.ctypes.data) + 4
         if x_scale is not None and weight_scale is not None:
             if problem.scalar_x_scale:
                 alpha, beta = x_scale.pointer, self._device_zero.pointer
                 x_scale = self._ones_of(problem.tokens)
-            plan.point(attribute.A_SCALE_POINTER, weight_scale.pointer)
-            plan.point(attribute.B_SCALE_POINTER, x_scale.pointer)
+            pointers |= {attribute.A_SCALE_POINTER: weight_scale.pointer, attribute.B_SCALE_POINTER: x_scale.pointer}
         weight_layout, x_layout, out_layout = plan.layouts
-        try:
-            self._library.matmul(
-                *(self._handle, plan.operation, alpha, weight.pointer, weight_layout, x.pointer, x_layout, beta),
-                *(out.pointer, out_layout, out.pointer, out_layout, plan.algorithm(choice)),
-                *(self._workspace.pointer, WORKSPACE_BYTES, self._device.stream),
-            )
-        except self._library.cuBLASLtError as exc:
-            raise CudaError(f"{problem}: cublasLtMatmul failed: {exc}") from exc
+        arguments = (
+            *(self._handle, plan.operation, alpha, weight.pointer, weight_layout, x.pointer, x_layout, beta),
+            *(out.pointer, out_layout, out.pointer, out_layout, plan.algorithm(choice)),
+            *(self._workspace.pointer, WORKSPACE_BYTES, self._device.stream),
+        )
+        self._device.calls.put(Product(self._library, problem, plan, pointers, arguments, kept=x_scale))
 
     def num_choices(
         self,
@@ -116,9 +112,7 @@ class Linear:
     ) -> int:
         """How many kernels `run` can choose from for these arrays."""
         problem = self._problem(x, weight, bias, out, x_scale, weight_scale, gelu, fast_accumulation)
-        if problem not in self._plans:
-            self._plans[problem] = self._plan(problem)
-        return self._plans[problem].num_choices
+        return recall(self._plans, problem, self._plan, most=_MOST_PLANS).num_choices
 
     def close(self) -> None:
         for plan in self._plans.values():

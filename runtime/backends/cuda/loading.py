@@ -1,5 +1,6 @@
 """Weights on their way from a file to the device: read by a thread of its own, through page-locked memory, beside the computing."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import numpy as np
 from runtime.backends.base import Array
 from runtime.backends.cuda.copies import CopyStream, Event
 from runtime.residency import Unit
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 << 20
 """Staged copies go in pieces of this size: large enough for the bus, small enough to read one while another travels."""
@@ -48,6 +51,7 @@ class Transfer:
     ready: Event
     issued: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
+    error: BaseException | None = None
 
 
 class Loader:
@@ -62,7 +66,6 @@ class Loader:
         self._ahead: list[tuple[Unit, TensorBytes, Pinned]] = []
         self._chunks: list[tuple[Array, Event]] = []
         self._next_chunk = 0
-        self._failure: BaseException | None = None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="wanrt-read")
         self._thread = threading.Thread(target=self._serve, name="wanrt-load", daemon=True)
         self._thread.start()
@@ -79,14 +82,14 @@ class Loader:
         """Wait until a transfer's copies are queued.
 
         Raises:
-            WanError: reading or copying failed, this transfer's or an earlier one's.
+            WanError: reading or copying failed.
         """
         transfer.issued.wait()
-        if self._failure is not None:
-            raise self._failure
+        if transfer.error is not None:
+            raise transfer.error
 
     def settle(self) -> None:
-        """Wait until nothing more happens by itself: everything asked for is queued, given up or has failed; no memory is filled."""
+        """Wait until nothing more happens by itself: everything asked for is queued, cancelled or has failed; no memory is filled."""
         self._ahead = []
         settled = threading.Event()
         self._queue.put(settled)
@@ -108,19 +111,20 @@ class Loader:
                 asked.set()
                 continue
             try:
-                if self._failure is None and not asked.cancelled:
+                if not asked.cancelled:
                     self._copies.use_here()
                     self._transfer(asked)
             except BaseException as error:
-                self._failure = error  # raised where it is waited for
+                asked.error = error  # raised where it is waited for; what others asked for may still succeed
             asked.issued.set()
 
     def _next(self) -> Transfer | threading.Event | None:
-        while self._queue.empty() and self._failure is None and (ahead := self._ahead):
+        while self._queue.empty() and (ahead := self._ahead):
+            unit, source, pinned = ahead.pop(0)
             try:
-                self._fill(*ahead.pop(0))
-            except BaseException as error:
-                self._failure = error
+                self._fill(unit, source, pinned)
+            except Exception as error:
+                log.info("%s cannot be read ahead, and will be tried again when it is needed: %r", unit.name, error)
         return self._queue.get()
 
     def _transfer(self, transfer: Transfer) -> None:

@@ -11,7 +11,7 @@ from runtime.specs import Axis, DType
 
 PLAN_VERSION = 3
 
-FLAGS = frozenset(("add_one", "fast_accumulation", "gelu", "silu_input", "silu", "interleave"))
+FLAGS = frozenset(("add_one", "fast_accumulation", "outer_fast_accumulation", "gelu", "silu_input", "silu", "interleave"))
 """Numbers of a step that are 0 or 1."""
 COUNTS = {
     **dict.fromkeys(("pad_top", "pad_left", "pad_bottom", "pad_right", "first_frame"), 0),
@@ -32,6 +32,7 @@ class StepKind(StrEnum):
     QK_NORM_ROPE = "qk_norm_rope"
     QUANTIZE_ROWS = "quantize_rows"
     LINEAR = "linear"
+    FEED_FORWARD = "feed_forward"
     ATTENTION = "attention"
     QUANTIZE_CENTRED = "quantize_centred"
     RESTORE = "restore"
@@ -53,6 +54,7 @@ class StepKind(StrEnum):
     ZEROS = "zeros"
     ADD_AVERAGE_DOWN = "add_average_down"
     ADD_DUPLICATE_UP = "add_duplicate_up"
+    COLOURS = "colours"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,9 @@
 What a generation will allocate, and where, is thus known before it runs: the runtime's own drivers say so, not a formula beside them.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +13,17 @@ import numpy as np
 
 from runtime.backends.base import Array
 from runtime.backends.cuda.arena import Pools, fit
-from runtime.backends.cuda.array import HOST_TYPES, DeviceArray, contiguous
+from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contiguous
+from runtime.backends.cuda.calls import Calls
 from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.engine import CudaBackend, Libraries
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.component import Component
-from runtime.memory import Layout
-from runtime.residency import PAGE_BYTES
+from runtime.memory import Layout, gib
+from runtime.residency import PAGE_BYTES, weight_units
 from runtime.specs import DType, Precision, StageSpec
+
+log = logging.getLogger(__name__)
 
 _DEVICE_TYPES = {np.dtype(host): dtype for dtype, host in HOST_TYPES.items()}
 
@@ -40,10 +45,14 @@ def rehearse(
     """
     with (
         _RehearsedBackend({}, attention=attention) as backend,
-        Component(backend, stages, engine_files, _Weights()) as component,
+        Component(backend, stages, engine_files, _Weights(stages, backend.counted)) as component,
     ):
         drive(component)
-        return fit(backend.counted.changes)
+        layout = fit(backend.counted.changes)
+    if log.isEnabledFor(logging.INFO):
+        live = backend.counted.live_at_peak()
+        log.info("%s to work in, %s at once: %s", gib(layout.nbytes), gib(sum(nbytes for _, nbytes in live)), _listed(live))
+    return layout
 
 
 class _Counted:
@@ -55,12 +64,19 @@ class _Counted:
     def __init__(self) -> None:
         self._next = PAGE_BYTES
         self.changes: list[tuple[int, int]] = []
-        self._pools = Pools(self._take, on_change=lambda nbytes, pointer: self.changes.append((nbytes, pointer)))
+        self.stage = "inputs"
+        """Whose arrays are taken now."""
+        self._stages: list[str] = []  # of each change
+        self._pools = Pools(self._take, on_change=self._note)
+        self.calls = Calls()
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
         return self._pools.empty(shape, dtype)
 
     zeros = empty
+
+    def allocate(self, nbytes: int) -> Buffer:
+        return self._pools.allocate(nbytes)
 
     def from_host(self, array: Array, dtype: DType | None = None) -> DeviceArray:
         return self.empty(array.shape, _DEVICE_TYPES[array.dtype] if dtype is None else dtype)
@@ -72,9 +88,32 @@ class _Counted:
 
     def close(self) -> None: ...
 
+    def live_at_peak(self) -> list[tuple[str, int]]:
+        """Stage and bytes of the large arrays that are in use when most is."""
+        live: dict[int, tuple[str, int]] = {}
+        total, most, found = 0, 0, list[tuple[str, int]]()
+        for (nbytes, pointer), stage in zip(self.changes, self._stages, strict=True):
+            if nbytes > 0:
+                live[pointer] = stage, nbytes
+                total += nbytes
+                most, found = (total, list(live.values())) if total > most else (most, found)
+            else:
+                total -= live.pop(pointer)[1]
+        return found
+
+    def _note(self, nbytes: int, pointer: int) -> None:
+        self.changes.append((nbytes, pointer))
+        self._stages.append(self.stage)
+
     def _take(self, nbytes: int) -> int:
         self._next += nbytes
         return self._next - nbytes
+
+
+def _listed(live: Sequence[tuple[str, int]]) -> str:
+    """Arrays of one stage and size together, the most bytes first."""
+    counts = sorted(Counter(live).items(), key=lambda item: -item[0][1] * item[1])
+    return ", ".join(f"{count} x {gib(nbytes)} of {stage}" for (stage, nbytes), count in counts)
 
 
 class _Silent:
@@ -102,9 +141,24 @@ class _RehearsedBackend(CudaBackend):
         libraries.vae = vae
         return cast(Libraries, libraries)
 
+    def fetch(self, tensor: DeviceArray) -> Callable[[], Array]:
+        array = self.to_host(tensor)  # not the tensor, which the caller may drop
+        return lambda: array
+
 
 class _Weights:
-    """Weights that are nowhere: they are counted apart (`runtime.residency`)."""
+    """Weights that are nowhere: they are counted apart (`runtime.residency`), but for those that may pass among the arrays."""
+
+    def __init__(self, stages: Sequence[StageSpec], device: _Counted) -> None:
+        self._device = device
+        units = weight_units([stage for stage in stages if not stage.per_block], num_blocks=0)
+        self._passing = {tensor.name: unit.nbytes for unit in units if unit.passes for tensor in unit.tensors}
+        self._here: DeviceArray | None = None
 
     def stage_weights(self, stage: StageSpec, block: int | None) -> Mapping[str, DeviceArray]:
+        self._device.stage = stage.name
+        if stage.weights:
+            self._here = None
+            nbytes = self._passing.get(stage.weights[0].name)
+            self._here = None if nbytes is None else self._device.empty((nbytes,), DType.F8_E4M3)
         return {weight.name: contiguous(0, cast(tuple[int, ...], weight.shape), weight.dtype, None) for weight in stage.weights}

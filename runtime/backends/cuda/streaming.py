@@ -1,4 +1,5 @@
-"""A component's weights on the GPU within its share of the budget: some resident, the others in two slots that they take in turn.
+"""A component's weights on the GPU within its share of the budget: some resident, the others in two slots that they take in turn. What
+is needed once before the first step passes among the arrays, where it is fetched when it is asked for.
 
 Order is kept by events: a copy into a slot waits until the computing that reads the slot's last unit is done, and computing waits for
 the copy. What comes next is asked for one unit ahead, around the cycle of a step (or of a prompt), from step to step.
@@ -15,7 +16,7 @@ from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.loading import Loader, Pinned, TensorBytes, Transfer
 from runtime.errors import EngineError
 from runtime.residency import NUM_SLOTS, Residency, Unit, UnitTensor
-from runtime.specs import StageSpec
+from runtime.specs import DType, StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,13 @@ class Store:
     arriving: dict[int, Transfer] = field(default_factory=dict)  # resident, asked for, not yet waited for
     loaded: set[int] = field(default_factory=set)
     pinned: dict[int, Pinned] = field(default_factory=dict)
+    events: dict[tuple[str, int], Event] = field(default_factory=dict)  # by what they are for
+
+    def event(self, kind: str, index: int, copies: CopyStream) -> Event:
+        """The event for one purpose, the same in every use of the component."""
+        if (kind, index) not in self.events:
+            self.events[kind, index] = copies.new_event()
+        return self.events[kind, index]
 
     def evict(self, unit: int) -> None:
         """Give a resident unit's memory back."""
@@ -97,9 +105,11 @@ class StreamedWeights:
         self._units = {tensor.name: (i, tensor) for i, unit in enumerate(store.units) for tensor in unit.tensors}
         self._bound: dict[tuple[str, int | None, int], dict[str, DeviceArray]] = {}
         self._slots = [
-            _Slot(device.slab(residency.slot_bytes), copies.new_event(), copies.new_event())
-            for _ in range(NUM_SLOTS if residency.slot_bytes else 0)
+            _Slot(device.slab(residency.slot_bytes), store.event("ready", i, copies), store.event("done", i, copies))
+            for i in range(NUM_SLOTS if residency.slot_bytes else 0)
         ]
+        self._device = device
+        self._passing: DeviceArray | None = None
         self._current: int | None = None
         self._pointer = 0
         self._prefetch(None)
@@ -129,6 +139,10 @@ class StreamedWeights:
         for slot in self._slots:
             slot.clear()
         self._loader.settle()
+        self._passing = None
+        arriving = self._store.arriving
+        for unit in [unit for unit, transfer in arriving.items() if transfer.error is not None]:
+            del arriving[unit]  # to be asked for again
         for slot in self._slots:
             slot.memory.free()  # a slab: the driver frees it when what is under way on the device, copies too, is done
         self._slots.clear()
@@ -140,6 +154,8 @@ class StreamedWeights:
         self._leave()
         if unit in self._residency.resident:
             self._pointer = self._acquire_resident(unit)
+        elif self._store.units[unit].passes:
+            self._pointer = self._acquire_passing(unit)
         else:
             self._pointer = self._acquire_streamed(unit)
         self._current = unit
@@ -151,10 +167,7 @@ class StreamedWeights:
         if unit not in store.loaded:
             if unit not in store.arriving:
                 self._request_resident(unit)
-            transfer = store.arriving[unit]
-            self._loader.wait(transfer)
-            self._copies.hold_computing(transfer.ready)
-            del store.arriving[unit]
+            self._arrive(store.arriving.pop(unit))
             store.loaded.add(unit)
         return store.slabs[unit].pointer
 
@@ -165,14 +178,34 @@ class StreamedWeights:
             slot.clear()
             self._request_streamed(unit, slot)
         assert slot.transfer is not None
-        self._loader.wait(slot.transfer)
-        self._copies.hold_computing(slot.transfer.ready)
+        try:
+            self._arrive(slot.transfer)
+        except BaseException:
+            slot.clear()
+            raise
         return slot.memory.pointer
+
+    def _acquire_passing(self, unit: int) -> int:
+        """Fetch a unit to where arrays lie, behind all computing queued so far: that may still read what lay there."""
+        self._passing = self._device.empty((self._store.units[unit].nbytes,), DType.F8_E4M3)
+        free = self._store.event("free", 0, self._copies)
+        self._copies.mark_computing(free)
+        transfer = self._transfer(unit, self._passing, after=free, ready=self._store.event("passing", 0, self._copies))
+        self._loader.submit(transfer)
+        self._arrive(transfer)
+        return self._passing.pointer
+
+    def _arrive(self, transfer: Transfer) -> None:
+        """Hold what is computed from now on until a transfer is done."""
+        self._loader.wait(transfer)
+        self._copies.hold_computing(transfer.ready)
 
     def _leave(self) -> None:
         """Everything that reads the current unit is queued: mark the point after which its slot may be overwritten."""
+        current = self._current
+        self._passing = self._current = None
         for slot in self._slots:
-            if slot.unit is not None and slot.unit == self._current:
+            if slot.unit is not None and slot.unit == current:
                 self._copies.mark_computing(slot.done)
                 slot.was_read = True
                 slot.clear()
@@ -187,6 +220,8 @@ class StreamedWeights:
         store = self._store
         for unit in (*cycle[start:], *cycle[:start]):
             if unit == after or unit in store.loaded or any(slot.unit == unit for slot in self._slots):
+                continue
+            if store.units[unit].passes and unit not in self._residency.resident:
                 continue
             if unit in self._residency.resident:
                 if not store.arriving:
@@ -204,7 +239,8 @@ class StreamedWeights:
         return [i for i, other in enumerate(units) if other.per_prompt == kind]
 
     def _request_resident(self, unit: int) -> None:
-        transfer = self._transfer(unit, self._store.slabs[unit], after=None, ready=self._copies.new_event())
+        ready = self._store.event("resident", unit, self._copies)
+        transfer = self._transfer(unit, self._store.slabs[unit], after=None, ready=ready)
         self._store.arriving[unit] = transfer
         self._loader.submit(transfer)
 

@@ -13,9 +13,11 @@ from runtime.backends.cuda.device import Device, DeviceArray
 from runtime.backends.cuda.linear import Linear
 from runtime.errors import EngineError
 from runtime.specs import DType
+from runtime.stages.vae_layers import VIDEO_CHANNELS
 
 MAX_PAST = 2  # kMaxPast and kTransposeSide of engines/targets/cuda/vae.cuh
 TRANSPOSE_SIDE = 32
+PIXELS_PER_THREAD = 4  # kPixelsPerThread there
 _THREADS = 256
 _VECTOR = launch.COLUMNS_PER_VECTOR
 _NORM_VECTORS = (1, 2, 4)  # of 8 channels a thread: there is a kernel for each
@@ -113,6 +115,19 @@ class VaeKernels:
         if not 0 <= first_frame <= out.shape[1] - num_frames:
             raise ValueError(f"{num_frames} frames from {first_frame} on do not fit {out.shape[1]}")
         self._layout("to_planes", out, x, colours=out.shape[0], side=side, first_frame=first_frame)
+
+    def colours(self, x: DeviceArray, out: DeviceArray) -> None:
+        """f32 [3, T, H, W] of about -1..1 → u8 [T, H, W, 3], truncated: `export.functions.frame_colours`."""
+        colours, num_frames, height, width = x.shape
+        pixels = num_frames * height * width
+        _expect(x, DType.F32, (VIDEO_CHANNELS, num_frames, height, width))
+        _expect(out, DType.U8, (num_frames, height, width, colours))
+        if pixels % _VECTOR:
+            raise EngineError(f"colours takes frames of a multiple of {_VECTOR} pixels, got {pixels}")
+        self._launch(
+            "colours", launch.COLOURS, x.reshape(x.size // _VECTOR, _VECTOR), elements=pixels // PIXELS_PER_THREAD,
+            planes=x.pointer, colours=out.pointer, num_pixels=pixels,
+        )  # fmt: skip
 
     def zeros(self, out: DeviceArray) -> None:
         """bf16 [T, H, W, C] of zeros."""
