@@ -1,0 +1,138 @@
+"""Trains the small Wan of the moving shapes: VAE first, then text encoder and transformer together.
+
+    python -m benchmarks.moving_shapes.train --out DIR [--resume] [--vae-minutes 2] [--dit-minutes 4]
+
+In DIR afterwards: `checkpoint/` in Wan2.1's own layout, `training.json` with settings, loss curves and accuracy, `samples.png`, and
+`state/`, which `--resume` continues from. Without `--…-minutes` the stages end by their steps alone.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.moving_shapes.dit_stage import train_dit
+from benchmarks.moving_shapes.loop import StageLength, StageLog
+from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
+from benchmarks.moving_shapes.render import draw, scene_arrays, to_uint8
+from benchmarks.moving_shapes.sampler import judge, write_sheet
+from benchmarks.moving_shapes.score import accuracy
+from benchmarks.moving_shapes.similarity import compare
+from benchmarks.moving_shapes.vae_stage import train_vae
+from benchmarks.moving_shapes.world import ClipSize, sample_scene
+
+_STAGES = ("vae", "dit")
+
+
+def main() -> None:
+    """Command line of this module."""
+    asked = _parse()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
+    networks = new_networks(SIZES[asked.size], seed=asked.seed)
+    for network in (networks.text_encoder, networks.transformer, networks.vae):
+        network.to(asked.device)
+    if asked.start_from:
+        read_checkpoint(asked.start_from, networks)
+    report: dict[str, Any] = {"settings": _settings(asked), "machine": _machine(asked.device), "stages": {}}
+    clip = ClipSize(width=64, height=64, num_frames=17)
+    common = {
+        "seed": asked.seed,
+        "workers": asked.workers,
+        "resume": asked.resume,
+        "scale": asked.scale,
+        "graphs": not asked.no_graphs,
+    }
+    if "vae" in asked.stages:
+        length = StageLength(steps=asked.vae_steps, minutes=asked.vae_minutes)
+        log = train_vae(networks.vae, length=length, state_file=asked.out / "state" / "vae.pt", **common)
+        report["stages"]["vae"] = {**_curve(log), **_vae_quality(networks, clip, count=min(32, asked.judged))}
+        _say("vae", log, report["stages"]["vae"])
+
+    def look(log: StageLog) -> None:
+        captions, clips, scores = judge(networks, clip, count=asked.judged, num_steps=asked.sample_steps)
+        write_sheet(asked.out / "samples.png", captions, clips, scores)
+        write_checkpoint(asked.out / "checkpoint", networks)
+        report["accuracy"] = {"step": log.step, "clips": asked.judged, **accuracy(scores)}
+        _say("dit", log, report["accuracy"])
+        (asked.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    log = StageLog()
+    if "dit" in asked.stages:
+        length = StageLength(steps=asked.dit_steps, minutes=asked.dit_minutes)
+        state_file = asked.out / "state" / "dit.pt"
+        log = train_dit(networks, length=length, state_file=state_file, every_seconds=asked.look_every, on_look=look, **common)
+        report["stages"]["dit"] = _curve(log)
+    look(log)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.moving_shapes.train", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="continue from DIR/state")
+    parser.add_argument("--start-from", type=Path, metavar="CHECKPOINT", help="begin with the weights of such a folder")
+    parser.add_argument("--stages", type=lambda text: tuple(text.split(",")), default=_STAGES, help="vae,dit or one of them")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--dit-steps", type=int, default=16000)
+    parser.add_argument("--vae-minutes", type=float, default=math.inf, help="end the stage by then at the latest")
+    parser.add_argument("--dit-minutes", type=float, default=math.inf)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the batches")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make scenes")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--judged", type=int, default=128, help="clips that are sampled and scored")
+    parser.add_argument("--sample-steps", type=int, default=25)
+    parser.add_argument("--look-every", type=float, default=90.0, metavar="SECONDS", help="sample and score so often")
+    asked = parser.parse_args()
+    if unknown := set(asked.stages) - set(_STAGES):
+        parser.error(f"--stages {unknown.pop()}: there is {', '.join(_STAGES)}")
+    if "vae" not in asked.stages and asked.start_from is None:
+        parser.error("without the stage vae, --start-from has to bring one")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    return asked
+
+
+@torch.no_grad()
+def _vae_quality(networks: Networks, clip: ClipSize, *, count: int) -> dict[str, float]:
+    """What the VAE's round trip does to fresh clips."""
+    frames = draw(scene_arrays([sample_scene(seed, clip) for seed in range(count)]), clip)
+    given = torch.from_numpy(frames).to(networks.vae.mean.device)
+    decoded = networks.vae.decode(networks.vae.encode(given)).float().cpu().numpy()
+    pairs = zip(to_uint8(decoded), to_uint8(frames), strict=True)
+    results = [compare(ours, true) for ours, true in pairs]
+    return {
+        "psnr_db": sum(result.psnr_db for result in results) / len(results),
+        "ssim": sum(result.ssim for result in results) / len(results),
+    }
+
+
+def _curve(log: StageLog) -> dict[str, Any]:
+    return {"steps": log.step, "seconds": log.seconds, "loss": log.losses[:: max(1, len(log.losses) // 200)]}
+
+
+def _settings(asked: argparse.Namespace) -> dict[str, Any]:
+    return {name: value if isinstance(value, int | float) else str(value) for name, value in vars(asked).items()}
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "torch": torch.__version__, "at": time.strftime("%Y-%m-%d", time.gmtime())}
+
+
+def _say(stage: str, log: StageLog, facts: dict[str, Any]) -> None:
+    numbers = " ".join(f"{name} {value:.3f}" for name, value in facts.items() if isinstance(value, float) and name != "seconds")
+    loss = f"{log.losses[-1][2]:.4f}" if log.losses else "-"
+    print(f"{stage}: step {log.step}, {log.seconds:.0f} s, loss {loss}; {numbers}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

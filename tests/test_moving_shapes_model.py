@@ -1,0 +1,338 @@
+"""The small Wan of the moving shapes: its networks are Wan's, its folder opens everywhere, its training resumes, its videos are judged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.moving_shapes import dit_stage, loop, quality, train, vae_stage
+from benchmarks.moving_shapes.card import card
+from benchmarks.moving_shapes.data import Bucket, ChunkStream, make_chunk
+from benchmarks.moving_shapes.diffusers_loader import open_pipeline
+from benchmarks.moving_shapes.loop import Stage, StageLength, StageLog
+from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
+from benchmarks.moving_shapes.muon import Muon, weight_matrices
+from benchmarks.moving_shapes.quality import QualityRequest, chosen_cases, run_quality
+from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
+from benchmarks.moving_shapes.world import ClipSize
+from export.build import BuildRequest, build_bundle
+from export.checkpoint import open_checkpoint
+from runtime.pipeline import VideoPipeline
+from runtime.request import GenerateRequest
+from runtime.schedulers import Conventions
+from tests.conftest import Refuses
+from tests.tolerances import TOLERANCES
+
+TINY = SIZES["tiny"]
+SMALL_CLIP = ClipSize(width=64, height=64, num_frames=5)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def networks_with_structure() -> Networks:
+    """Networks whose every path matters, with a VAE whose latents have statistics."""
+    networks = new_networks(TINY, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in networks.transformer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        networks.vae.mean.copy_(torch.randn(16))
+        networks.vae.std.copy_(torch.rand(16) + 0.5)
+    return networks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes") / "checkpoint"
+    write_checkpoint(folder, networks_with_structure())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / "bundle"
+    build_bundle(BuildRequest(out=folder, checkpoint=checkpoint, targets=("cpu",)))
+    return folder
+
+
+# Networks
+
+
+@torch.no_grad()
+def test_the_training_networks_are_those_that_diffusers_and_transformers_have(checkpoint: Path) -> None:
+    pipeline = open_pipeline(checkpoint)
+    networks = new_networks(TINY, seed=5)
+    read_checkpoint(checkpoint, networks)
+    captions = ["a red circle moves right on a blue background", "", "a small cross moves up"]
+    ids, lengths = (torch.from_numpy(array) for array in token_ids(build_tokenizer(), captions))
+    text = networks.text_encoder(ids, lengths)
+    latents, timesteps = torch.randn(3, 16, 3, 8, 6), torch.tensor([999.0, 500.0, 20.5])
+    flow = networks.transformer(latents, timesteps, text, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        embeds = pipeline.text_encoder(ids[row : row + 1, :length]).last_hidden_state
+        torch.testing.assert_close(text[row, :length], embeds[0], rtol=0, atol=1e-5)
+        assert not text[row, length:].any()
+        padded = torch.zeros(1, 512, embeds.shape[2])
+        padded[:, :length] = embeds
+        oracle = pipeline.transformer(latents[row : row + 1], timesteps[row : row + 1], padded).sample
+        torch.testing.assert_close(flow[row : row + 1], oracle, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_frames", [1, 5, 17])
+def test_the_vae_over_a_whole_clip_is_the_one_over_chunks(checkpoint: Path, num_frames: int) -> None:
+    oracle = open_pipeline(checkpoint).vae
+    networks = new_networks(TINY, seed=5)
+    read_checkpoint(checkpoint, networks)
+    mean, std = (torch.tensor(row).view(1, -1, 1, 1, 1) for row in (TINY.vae.latents_mean, TINY.vae.latents_std))
+    frames = torch.rand(2, 3, num_frames, 16, 24) * 2 - 1
+    latents = networks.vae.encode(frames)
+    torch.testing.assert_close(latents * std + mean, oracle.encode(frames).latent_dist.mode(), rtol=0, atol=1e-4)
+    decoded = networks.vae.decode(latents).clamp(-1, 1)
+    torch.testing.assert_close(decoded, oracle.decode(latents * std + mean).sample, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_folding_gives_latents_the_published_statistics_and_changes_no_frame() -> None:
+    networks, folded = networks_with_structure(), new_networks(TINY, seed=5)
+    for chain in (folded.vae.encode_chain, folded.vae.decode_chain):
+        state = networks.vae.folded_state()
+        chain.load_state_dict({name: state[name] for name in chain.state_dict()})
+    folded.vae.take_statistics_of_wan()
+    frames = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    latents = networks.vae.encode(frames)
+    torch.testing.assert_close(folded.vae.encode(frames), latents, rtol=0, atol=1e-4)
+    torch.testing.assert_close(folded.vae.decode(latents), networks.vae.decode(latents), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_folder_is_a_whole_checkpoint_and_small_enough_to_ship(tmp_path: Path, size: str) -> None:
+    assert write_checkpoint(tmp_path / "checkpoint", new_networks(SIZES[size], seed=0)) < 24 * 2**20
+    assert max(path.stat().st_size for path in tmp_path.rglob("*")) < 16 * 2**20
+    with open_checkpoint(tmp_path / "checkpoint") as opened:
+        assert opened.variant.name == "wan2.1-t2v-1.3b"
+        assert (opened.variant.transformer, opened.variant.vae) == (SIZES[size].transformer, SIZES[size].vae)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep")
+    with pytest.raises(FileExistsError):
+        write_checkpoint(tmp_path / "mine", new_networks(TINY, seed=0))
+
+
+def test_a_whole_generation_is_the_one_of_diffusers(checkpoint: Path, bundle: Path) -> None:
+    prompt, noise = "a red circle moves right on a blue background", torch.randn(1, 16, 2, 8, 8)
+    oracle = open_pipeline(checkpoint)(
+        prompt=prompt, negative_prompt="", height=64, width=64, num_frames=5, num_inference_steps=4, latents=noise,
+        guidance_scale=5.0, output_type="np",
+    ).frames[0]  # fmt: skip
+    with VideoPipeline.open(bundle, target="cpu", num_threads=1) as pipeline:
+        ours = pipeline.generate(
+            GenerateRequest(
+                prompt=prompt,
+                negative_prompt="",
+                width=64,
+                height=64,
+                num_frames=5,
+                num_steps=4,
+                latents=noise[0].numpy(),
+                conventions=Conventions.DIFFUSERS,
+                shift=5.0,
+            )
+        ).frames
+    difference = np.abs(ours.astype(int) - np.round(oracle * 255).astype(int)).max()
+    assert difference <= TOLERANCES["frame, of 255"]
+
+
+# Training
+
+
+def test_chunks_are_the_same_however_they_are_made() -> None:
+    choice = (
+        Bucket(size=SMALL_CLIP, batch=3, weight=1),
+        Bucket(size=ClipSize(width=96, height=64, num_frames=5), batch=2, weight=1),
+    )
+    alone = [make_chunk(7, index, choice) for index in range(2, 6)]
+    with ChunkStream(7, choice, first=2, workers=0) as stream:
+        for mine, chunk in zip(alone, stream, strict=False):
+            assert mine.bucket == chunk.bucket
+            np.testing.assert_array_equal(mine.ids, chunk.ids)
+            np.testing.assert_array_equal(mine.scenes.track, chunk.scenes.track)
+    assert not np.array_equal(make_chunk(8, 2, choice).scenes.rgb, alone[0].scenes.rgb)
+
+
+def toy_stage(folder: Path, steps: int) -> tuple[Stage, nn.Linear]:
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 1)
+
+    def loss(kind: object, batch: object) -> Tensor:
+        x = torch.randn(64, 2)
+        error: Tensor = ((layer(x)[:, 0] - x.sum(dim=1)) ** 2).mean()
+        return error
+
+    length = StageLength(steps=steps)
+    return Stage({"layer": layer}, loss, learning_rate=0.05, length=length, state_file=folder / "state.pt"), layer
+
+
+def test_a_stage_learns_and_ends_with_its_moving_average(tmp_path: Path) -> None:
+    stage, layer = toy_stage(tmp_path, 300)
+    while not stage.done:
+        stage.step(None, ())
+    assert stage.log.step == 300
+    assert stage.log.losses[-1][2] < 0.01 * stage.log.losses[0][2]
+    own = layer.weight.detach().clone()
+    with stage.averaged():
+        average = layer.weight.detach().clone()
+    assert torch.equal(layer.weight, own)
+    stage.finish()
+    assert torch.equal(layer.weight, average)
+    assert not torch.equal(own, average)
+
+
+@pytest.mark.parametrize("muon_rate", [None, 0.02])
+def test_each_step_follows_its_own_batch_alone(tmp_path: Path, muon_rate: float | None) -> None:
+    layer = nn.Linear(3, 2)
+    stage = Stage(
+        {"layer": layer}, lambda kind, batch: (layer.weight * batch[0]).sum(), learning_rate=0.1, muon_rate=muon_rate,
+        length=StageLength(steps=9), state_file=tmp_path / "state.pt",
+    )  # fmt: skip
+    for slope in (torch.full((2, 3), 0.1), torch.full((2, 3), -0.2)):
+        before = layer.weight.detach().clone()
+        stage.step(None, (slope,))
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(layer.weight.grad, slope)
+        assert not torch.equal(layer.weight, before)
+
+
+def test_a_stage_ends_by_the_clock_too() -> None:
+    length = StageLength(steps=100, minutes=1)
+    assert length.progress(50, 0) == 0.5
+    assert length.progress(1, 45) == 0.75
+    assert length.progress(1, 61) == 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_LOG_EVERY", 1)
+    monkeypatch.setattr(dit_stage, "_SIZES", ((64, 64, 5, 0.5), (96, 64, 5, 0.5)))
+    monkeypatch.setattr(dit_stage, "_FIRST_CHUNKS", 2)
+    monkeypatch.setattr(dit_stage, "_KEPT_CHUNKS", 3)
+
+    def stop_at_four(log: StageLog) -> None:
+        if log.step == 4:
+            raise Interrupted
+
+    def run(name: str, *, resume: bool, every: float) -> Networks:
+        networks = new_networks(TINY, seed=0)
+        torch.manual_seed(3)
+        dit_stage.train_dit(
+            networks, length=StageLength(steps=7), state_file=tmp_path / name, seed=0, workers=0, resume=resume, scale=0.004,
+            every_seconds=every, on_look=stop_at_four,
+        )  # fmt: skip
+        return networks
+
+    whole = run("whole.pt", resume=False, every=float("inf"))
+    with pytest.raises(Interrupted):
+        run("parts.pt", resume=False, every=0)
+    parts = run("parts.pt", resume=True, every=float("inf"))
+    for name in ("transformer", "text_encoder"):
+        for mine, other in zip(getattr(whole, name).parameters(), getattr(parts, name).parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_one_command_trains_both_stages_and_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae_stage, "_SIZES", ((64, 64, 5, 1.0),))
+    monkeypatch.setattr(vae_stage, "_STATISTICS_CHUNKS", 2)
+    monkeypatch.setattr(dit_stage, "_SIZES", ((64, 64, 5, 1.0),))
+    monkeypatch.setattr(dit_stage, "_FIRST_CHUNKS", 2)
+    options = "--size tiny --vae-steps 26 --dit-steps 26 --scale 0.04 --judged 2 --sample-steps 2 --device cpu"
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "out"), *options.split()])
+    train.main()
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    first, *_, last = report["stages"]["vae"]["loss"]
+    assert last[2] < first[2]
+    assert report["stages"]["dit"]["steps"] == 26
+    assert 0 <= report["accuracy"]["all"] <= 1
+    assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
+    words = card(report)
+    assert "| vae | 26 |" in words and "26: " in words
+    assert all(f"| {name} |" in words for name in ("colour", "direction", "all"))
+    with open_checkpoint(tmp_path / "out" / "checkpoint") as opened:
+        assert opened.variant.vae == TINY.vae
+    networks = new_networks(TINY, seed=9)
+    read_checkpoint(tmp_path / "out" / "checkpoint", networks)
+    with torch.no_grad():
+        latents = networks.vae.encode(torch.rand(4, 3, 5, 64, 64) * 2 - 1)
+    assert latents.isfinite().all()
+
+
+def test_an_update_of_a_matrix_has_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(24, 16), nn.Linear(24, 16), nn.Conv2d(4, 48, 3)]
+    matrices = weight_matrices(layers)
+    before = [matrix.detach().clone() for matrix in matrices]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix) * torch.rand(matrix.shape[0]).view(-1, *(1 for _ in matrix.shape[1:]))
+    Muon(matrices).step(0.1)
+    for matrix, old, gain in zip(matrices, before, (1, 1, (48 / 36) ** 0.5), strict=True):
+        change = (old - matrix.detach()).flatten(1) / (0.1 * gain)
+        values = torch.linalg.svdvals(change)
+        assert 0.6 < values.median() < 1.25
+        assert values.max() < 1.3
+        assert matrix.grad is not None
+        assert (change * matrix.grad.flatten(1)).sum() > 0  # downhill
+    assert len(weight_matrices([nn.ModuleDict({"head": nn.Linear(2, 2), "body": nn.Linear(2, 2)})])) == 1
+
+
+# The quality suite
+
+
+def test_the_suite_judges_every_row_against_the_fp32_reference(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "STEPS", (3, 2))
+    request = QualityRequest(bundles=(bundle,), prompts=2, cases=("*euler 2",), out=tmp_path / "quality.json")
+    report = run_quality(request, clip=SMALL_CLIP)
+    reference, other = report["rows"]
+    assert (report["reference"], other["case"]) == ("cpu fp32 unipc 3", "cpu fp32 euler 2")
+    assert (
+        reference["to_reference"]
+        == reference["noise_floor"]
+        == {"psnr_db": 99.0, "ssim": pytest.approx(1), "feature_distance": 0.0}
+    )
+    assert other["to_reference"]["psnr_db"] < 99
+    assert "noise_floor" not in other
+    assert reference["accuracy"]["all"] == 0  # untrained
+    assert len(reference["wrong"]) == 2
+    assert json.loads((tmp_path / "quality.json").read_text())["rows"][1]["scheduler"] == "euler"
+    assert "| cpu fp32 unipc 3 |" in report["table"]
+
+
+def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundle: Path) -> None:
+    every = chosen_cases(QualityRequest(bundles=(bundle,)))
+    assert len(every) == len(quality.STEPS) * 3
+    assert every[0].name == "cpu fp32 unipc 50"
+    assert [case.name for case in chosen_cases(QualityRequest(bundles=(bundle,), cases=("cpu fp32 euler 4",)))] == [
+        "cpu fp32 unipc 50", "cpu fp32 euler 4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "suite quality needs a bundle"),
+        (("--bundle", "BUNDLE", "--case", "rtx *"), r"case 'rtx \*': there is cpu fp32 unipc 50 and the like"),
+        (("--bundle", "BUNDLE", "--prompts", "0"), "prompts=0: need 1 or more"),
+        (("--bundle", "BUNDLE", "--pairs", "2"), "--pairs: suite quality has no such option"),
+    ],
+)
+def test_what_the_suite_cannot_do_is_refused(refuses: Refuses, bundle: Path, options: tuple[str, ...], message: str) -> None:
+    given = [str(bundle) if option == "BUNDLE" else option for option in options]
+    refuses("benchmark", "--suite", "quality", *given, code=2, message=message)
