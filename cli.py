@@ -18,6 +18,7 @@ from runtime.errors import CancelledError, DeviceMemoryError, RequestError, WanE
 from runtime.version import VERSION
 
 SIZES_HELP = "WIDTHxHEIGHT, or a range WIDTHxHEIGHT..WIDTHxHEIGHT"
+SIZES_DEFAULT = "any; rtx, tensorrt: 480x480..1280x720, either way up"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +122,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """`wanrt benchmark`: this runtime and its peers on the same work."""
-    result = _toy_benchmark(arguments) if arguments.suite == "toy" else _gpu_benchmark(arguments)
+    result = {"toy": _toy_benchmark, "quality": _quality_benchmark}.get(arguments.suite, _gpu_benchmark)(arguments)
     _result(json.dumps(result, indent=1) if arguments.json else result["table"])
     if failures := result.get("failures"):
         name, reason = next(iter(failures.items()))
@@ -171,8 +172,10 @@ def _add_build_engines(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--arch", action="append", metavar="ARCH", help="GPU architecture such as sm_90; may be given several times"
     )
-    command.add_argument("--size", metavar="SIZES", help=f"sizes to build for: {SIZES_HELP} (default: any)")
-    command.add_argument("--frames", metavar="FRAMES", help="frames to build for: N, or a range N..M (default: any)")
+    command.add_argument("--size", metavar="SIZES", help=f"sizes to build for: {SIZES_HELP} (default: {SIZES_DEFAULT})")
+    command.add_argument(
+        "--frames", metavar="FRAMES", help="frames to build for: N, or a range N..M (default: any; rtx, tensorrt: 1..121)"
+    )
     command.add_argument("--engines-only", action="store_true", help="build without a checkpoint; needs --variant")
     command.add_argument(
         "--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where a hub id is downloaded from"
@@ -227,18 +230,22 @@ def _add_benchmark(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--suite",
         default="toy",
-        help="toy (on a CPU; the default), or on a GPU: dit, vae, text, offload, e2e, all at full size",
+        help="toy (on a CPU; the default), quality (of videos, on any target), or on a GPU: dit, vae, text, offload, e2e, all at full size",
     )
     command.add_argument(
         "--baseline",
         action="append",
-        help="diffusers, diffusers-compile or diffsynth, as the suite has them; may be given several times on a GPU "
+        help="diffusers, diffusers-compile, diffsynth or onnxruntime, as the suite has them; may be given several times on a GPU "
         "(default: diffusers for toy, else none)",
     )
     command.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/)")
     toy = command.add_argument_group("toy")
     toy.add_argument("--pairs", type=int, help="paired runs counted, after one warm-up pair (default: 5)")
     toy.add_argument("--readme", type=Path, help="README whose benchmark table to rewrite")
+    quality = command.add_argument_group(
+        "quality", "of bundles of the moving-shapes checkpoint, which --bundle names; --case chooses rows"
+    )
+    quality.add_argument("--prompts", type=int, help="how many (default: 200)")
     gpu = command.add_argument_group("on a GPU")
     gpu.add_argument(
         "--case", action="append", help="of the suite's cases, such as 14b-480p; may be given several times (default: all)"
@@ -246,6 +253,7 @@ def _add_benchmark(command: argparse.ArgumentParser) -> None:
     gpu.add_argument(
         "--bundle", action="append", type=Path, help="may be given several times (default: built for this GPU, then removed)"
     )
+    gpu.add_argument("--only-baselines", action="store_true", help="measure the peers alone")
     gpu.add_argument("--attention", action="append", choices=["bf16", "fp8"], help="with fp8 weights (default: both)")
     gpu.add_argument(
         "--budget", action="append", metavar="SIZE", help="device memory, such as 8GiB, for offload (default: a curve)"
@@ -257,7 +265,7 @@ def _add_benchmark(command: argparse.ArgumentParser) -> None:
 def _toy_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.suite import BenchmarkRequest, run_benchmark
 
-    _refuse_options(arguments, "case", "bundle", "attention", "budget", "seconds", "profile")
+    _refuse_options(arguments, "case", "bundle", "only_baselines", "attention", "budget", "seconds", "profile", "prompts")
     baselines = arguments.baseline or ["diffusers"]
     if len(baselines) > 1:
         raise RequestError(f"suite toy takes one baseline, not {', '.join(baselines)}", hint="measure them one after the other")
@@ -268,18 +276,32 @@ def _toy_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _quality_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.moving_shapes.quality import PROMPTS, QualityRequest, run_quality
+
+    _refuse_options(arguments, "baseline", "only_baselines", "attention", "budget", "seconds", "profile", "pairs", "readme")
+    request = QualityRequest(
+        bundles=tuple(arguments.bundle or ()),
+        prompts=PROMPTS if arguments.prompts is None else arguments.prompts,
+        cases=tuple(arguments.case or ()),
+        out=arguments.out,
+    )
+    return run_quality(request, on_line=_say)
+
+
 def _gpu_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.gpu_run import run_gpu_benchmark
     from benchmarks.gpu_suites import GpuRequest
     from runtime.specs import Precision
 
-    _refuse_options(arguments, "pairs", "readme")
+    _refuse_options(arguments, "pairs", "readme", "prompts")
     return run_gpu_benchmark(
         GpuRequest(
             suite=arguments.suite,
             cases=tuple(arguments.case or ()),
             baselines=tuple(dict.fromkeys(arguments.baseline or ())),
             bundles=tuple(arguments.bundle or ()),
+            only_baselines=arguments.only_baselines,
             attention=tuple(Precision(name) for name in dict.fromkeys(arguments.attention or ())),
             budgets_gib=tuple((_vram(budget) or 0) / 2**30 for budget in arguments.budget or ()),
             seconds=arguments.seconds,
@@ -293,7 +315,8 @@ def _gpu_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
 def _refuse_options(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(arguments, name) not in (None, False):
-            raise RequestError(f"--{name}: suite {arguments.suite} has no such option", hint="see `wanrt benchmark --help`")
+            option = name.replace("_", "-")
+            raise RequestError(f"--{option}: suite {arguments.suite} has no such option", hint="see `wanrt benchmark --help`")
 
 
 def _generate_request(arguments: argparse.Namespace) -> Any:

@@ -1,7 +1,7 @@
 """Where the time of a forward goes on the `cuda` target: milliseconds of the device for each kind of step, by CUDA events."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,12 @@ class StepTime:
 class TimedBackend(CudaBackend):
     """A backend that can put events around its steps; without `step_times` it is as fast as any."""
 
-    _marks: list[tuple[str, Any, Any]] | None = None
+    _marks: list[tuple[str, Any]] | None = None  # a step that begins, or "" where one ends, and its event
 
     def execute(self, step: Step, inputs: dict[str, DeviceArray], outputs: dict[str, DeviceArray]) -> Mapping[str, DeviceArray]:
-        if self._marks is None:
-            return super().execute(step, inputs, outputs)
-        begin = self._mark()
+        self.device.calls.put(_Mark(self, _describe(step, inputs)))
         made = super().execute(step, inputs, outputs)
-        self._marks.append((_describe(step, inputs), begin, self._mark()))
+        self.device.calls.put(_Mark(self, ""))
         return made
 
     def step_times(self, forward: Callable[[], object]) -> list[StepTime]:
@@ -41,7 +39,7 @@ class TimedBackend(CudaBackend):
             forward()
             self.device.synchronize()
             totals: dict[str, list[float]] = defaultdict(list)
-            for name, begin, end in self._marks:
+            for (name, begin), (_, end) in zip(self._marks[::2], self._marks[1::2], strict=True):
                 totals[name].append(float(check("cuEventElapsedTime", driver.cuEventElapsedTime(begin, end))))
                 for event in (begin, end):
                     driver.cuEventDestroy(event)
@@ -50,12 +48,24 @@ class TimedBackend(CudaBackend):
         times = [StepTime(step=name, count=len(several), ms=sum(several)) for name, several in totals.items()]
         return sorted(times, key=lambda time: -time.ms)
 
-    def _mark(self) -> Any:
+    def mark(self, step: str) -> None:
+        """Put an event on the stream, while `step_times` runs."""
         from cuda.bindings import driver
 
-        event = check("cuEventCreate", driver.cuEventCreate(0))
-        check("cuEventRecord", driver.cuEventRecord(event, self.device.stream))
-        return event
+        if self._marks is not None:
+            event = check("cuEventCreate", driver.cuEventCreate(0))
+            check("cuEventRecord", driver.cuEventRecord(event, self.device.stream))
+            self._marks.append((step, event))
+
+
+class _Mark:
+    """An event where a step begins or ends (`runtime.backends.cuda.calls.Call`): a prepared plan has it among its calls."""
+
+    def __init__(self, backend: TimedBackend, step: str) -> None:
+        self._backend, self._step = backend, step
+
+    def queue(self, addresses: Sequence[int]) -> None:
+        self._backend.mark(self._step)
 
 
 def _describe(step: Step, inputs: Mapping[str, DeviceArray]) -> str:

@@ -4,7 +4,8 @@ Weights are random and made on the GPU, every block its own; text length and tim
 the host by every peer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_steps import StepTime
-from benchmarks.dit_peers import Case, Opened, num_tokens, open_diffsynth, open_diffusers, open_ours
+from benchmarks.dit_peers import Case, Opened, check_onnxruntime, num_tokens, open_diffsynth, open_diffusers, open_ours
 from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, measure
 from runtime.bundle import Bundle
 from runtime.geometry import VideoSize
@@ -64,10 +65,14 @@ def _ours(case: Case, peer: str, bundle: Bundle, attention: Precision, options: 
 def _theirs(case: Case, peer: str, options: Options) -> Result:
     variant = options.bundles[0].manifest.variant
     torch.cuda.reset_peak_memory_stats()
+    free_before = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     with _OPENERS[peer](variant, case) as forward:
         timing, _ = measure(forward, seconds=options.seconds)
-    peak = torch.cuda.max_memory_reserved() / 2**30
-    return DitResult(**asdict(timing), **_facts(case, variant), peer=peer, peak_memory_gib=peak)
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    peak = torch.cuda.max_memory_reserved()
+    if peer in _WITH_OWN_MEMORY:
+        peak += free_before - free
+    return DitResult(**asdict(timing), **_facts(case, variant), peer=peer, peak_memory_gib=peak / 2**30)
 
 
 def _facts(case: Case, variant: Variant) -> dict[str, Any]:
@@ -75,11 +80,20 @@ def _facts(case: Case, variant: Variant) -> dict[str, Any]:
     return {"case": case.name, "tokens": tokens, "tflop": forward_tflop(variant.transformer, tokens)}
 
 
+def _open_onnxruntime(variant: Variant, case: Case) -> AbstractContextManager[Callable[[], Any]]:
+    from benchmarks.dit_onnxruntime import open_onnxruntime  # traces graphs, which no other peer needs
+
+    return open_onnxruntime(variant, case)
+
+
 _OPENERS: dict[str, Opened] = {
     "diffusers": partial(open_diffusers, compiled=False),
     "diffusers-compile": partial(open_diffusers, compiled=True),
     "diffsynth": open_diffsynth,
+    "onnxruntime": _open_onnxruntime,
 }
+_WITH_OWN_MEMORY = frozenset({"onnxruntime"})
+"""Peers that hold memory beside PyTorch's until they are closed."""
 _480P = VideoSize(width=832, height=480, num_frames=81)
 SUITE = Suite(
     cases=(
@@ -89,11 +103,13 @@ SUITE = Suite(
         Case("14b-720p", "wan2.1-t2v-14b", VideoSize(width=1280, height=720, num_frames=81)),
     ),
     precisions=(Precision.BF16, Precision.FP8),
-    baselines={"diffusers": ("diffusers",), "diffusers-compile": ("diffusers",), "diffsynth": ("diffsynth",)},
-    refused={
-        "onnxruntime": "the stage graphs are made in float32 for the CPU; bf16 ones for ONNX Runtime's CUDA provider are not made, and "
-        "its time in float32 would compare another precision"
+    baselines={
+        "diffusers": ("diffusers",),
+        "diffusers-compile": ("diffusers",),
+        "diffsynth": ("diffsynth",),
+        "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     },
+    checks={"onnxruntime": check_onnxruntime},
     attempts=attempts,
     takes=frozenset({"attention", "seconds", "profile"}),
 )

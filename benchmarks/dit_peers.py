@@ -1,6 +1,6 @@
 """The peers of `benchmarks.dit`, each opened as a forward to call: the `cuda` target of a bundle, diffusers, DiffSynth-Studio.
 
-Weights are random and made on the GPU, every block its own.
+Weights are random and made on the GPU, every block its own. ONNX Runtime has a module of its own, `benchmarks.dit_onnxruntime`.
 """
 
 import math
@@ -17,6 +17,7 @@ from benchmarks.gpu import cuda_engines, cuda_kernels
 from runtime.backends.cuda.device import DeviceArray
 from runtime.bundle import Bundle
 from runtime.component import Component
+from runtime.errors import RequestError
 from runtime.geometry import VideoSize, latent_shape, token_grid
 from runtime.precision import FP8_MAX
 from runtime.schedulers import Conventions
@@ -26,6 +27,7 @@ from runtime.variants import Variant
 
 PROMPT_TOKENS = 120
 TIMESTEP = 731
+CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,22 @@ class RandomWeights:
         return drawn.to(torch.bfloat16 if dtype is DType.BF16 else torch.float32)
 
 
+def check_onnxruntime() -> None:
+    """See that the installed ONNX Runtime has a CUDA provider.
+
+    Raises:
+        RequestError: it has not.
+    """
+    import onnxruntime
+
+    if CUDA_PROVIDER not in onnxruntime.get_available_providers():
+        raise RequestError(
+            f"baseline onnxruntime needs {CUDA_PROVIDER}; onnxruntime {onnxruntime.__version__} here has "
+            f"{', '.join(onnxruntime.get_available_providers())}",
+            hint="pip uninstall onnxruntime, then pip install onnxruntime-gpu: both are the same module",
+        )
+
+
 @contextmanager
 def open_ours(bundle: Bundle, case: Case, attention: Precision) -> Iterator[tuple[Callable[[], Any], TimedBackend]]:
     """A forward of the bundle's transformer with random weights."""
@@ -93,7 +111,7 @@ def open_ours(bundle: Bundle, case: Case, attention: Precision) -> Iterator[tupl
 
 
 @contextmanager
-def open_diffusers(variant: Variant, case: Case, *, compiled: bool) -> Iterator[Callable[[], Any]]:
+def open_diffusers(variant: Variant, case: Case, *, compiled: bool, device: str = "cuda") -> Iterator[Callable[[], Any]]:
     """The same forward in diffusers, bf16; with a timestep for every token where its pipeline does that (`expand_timesteps`)."""
     from diffusers import WanTransformer3DModel
 
@@ -104,19 +122,20 @@ def open_diffusers(variant: Variant, case: Case, *, compiled: bool) -> Iterator[
             out_channels=arch.out_channels,
             num_attention_heads=arch.num_heads,
             attention_head_dim=arch.head_dim,
+            text_dim=arch.text_dim,
             ffn_dim=arch.ffn_dim,
             num_layers=arch.num_layers,
         )
-    network = network.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False).eval()
+    network = network.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
     _draw_parameters(network)
     for name, parameter in network.named_parameters():
         if "time_embedder" in name or "scale_shift_table" in name or "norm" in name:
             parameter.data = parameter.data.float()  # as `from_pretrained` keeps them
     rope = type(network.rope)(arch.head_dim, (1, 2, 2), 1024)  # its tables are buffers that the meta device left empty
-    network.rope = rope.to("cuda")
+    network.rope = rope.to(device)
     if compiled:
         network.compile_repeated_blocks(fullgraph=True)
-    latents, prompt, timestep = _inputs(variant, case)
+    latents, prompt, timestep = _inputs(variant, case, device)
     if arch.per_token_timesteps:
         timestep = timestep.expand(1, num_tokens(variant, case))
 
@@ -128,7 +147,7 @@ def open_diffusers(variant: Variant, case: Case, *, compiled: bool) -> Iterator[
 
 
 @contextmanager
-def open_diffsynth(variant: Variant, case: Case) -> Iterator[Callable[[], Any]]:
+def open_diffsynth(variant: Variant, case: Case, *, device: str = "cuda") -> Iterator[Callable[[], Any]]:
     """The same forward in DiffSynth-Studio, bf16 as its pipeline loads it, with the attention that it finds installed."""
     from diffsynth.models.wan_video_dit import WanModel, precompute_freqs_cis_3d
     from diffsynth.pipelines.wan_video import model_fn_wan_video
@@ -149,10 +168,10 @@ def open_diffsynth(variant: Variant, case: Case) -> Iterator[Callable[[], Any]]:
             has_image_input=False,
             seperated_timestep=arch.per_token_timesteps,  # so spelt there
         )
-    network = network.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False).eval()
+    network = network.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
     network.freqs = precompute_freqs_cis_3d(arch.head_dim)  # no parameters or buffers: the meta device left them empty
     _draw_parameters(network)
-    latents, prompt, timestep = _inputs(variant, case)
+    latents, prompt, timestep = _inputs(variant, case, device)
 
     def forward() -> Any:
         made = model_fn_wan_video(dit=network, latents=latents, timestep=timestep.to(torch.bfloat16), context=prompt)
@@ -171,9 +190,9 @@ def _draw_parameters(network: torch.nn.Module) -> None:
             parameter.add_(1)
 
 
-def _inputs(variant: Variant, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs(variant: Variant, case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, a prompt padded as the peers pad it, and the timestep."""
     arch = variant.transformer
-    latents = torch.randn(1, *latent_shape(case.size, vae=variant.vae), device="cuda", dtype=torch.bfloat16)
-    prompt = torch.randn(1, arch.text_len, arch.text_dim, device="cuda", dtype=torch.bfloat16)
-    return latents, prompt, torch.tensor([TIMESTEP], device="cuda")
+    latents = torch.randn(1, *latent_shape(case.size, vae=variant.vae), device=device, dtype=torch.bfloat16)
+    prompt = torch.randn(1, arch.text_len, arch.text_dim, device=device, dtype=torch.bfloat16)
+    return latents, prompt, torch.tensor([TIMESTEP], device=device)

@@ -73,9 +73,11 @@ class Options:
         budgets_gib: budgets of device memory; empty for the suite's own.
         seconds: how long to repeat a measurement, about.
         profile: also time the steps of a forward.
+        scratch: a folder for what the suite writes; it is removed after the last case.
     """
 
     bundles: tuple[Bundle, ...]
+    scratch: Path
     baselines: tuple[str, ...] = ()
     attention: tuple[Precision, ...] = ()
     budgets_gib: tuple[float, ...] = ()
@@ -92,9 +94,8 @@ class Suite(Generic[C]):
         baselines: name → packages it needs.
         attempts: the peers of a case, each to be called when the ones before are gone.
         takes: which of the options `attention`, `budgets_gib`, `seconds` and `profile` mean something to it.
-        refused: baseline → why it is not measured, for those that people ask for.
+        checks: baseline → raises a RequestError where its packages are installed and still cannot do the work.
         complete: fills in what only all results of a suite together say.
-        weights: whether the bundles need weights, which are random in those built here; else the suite draws them itself.
         torch: whether the suite itself computes with PyTorch.
     """
 
@@ -103,9 +104,8 @@ class Suite(Generic[C]):
     baselines: Mapping[str, tuple[str, ...]]
     attempts: Callable[[C, Options], Iterator[Attempt]]
     takes: frozenset[str] = frozenset()
-    refused: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, Callable[[], None]] = field(default_factory=dict)
     complete: Callable[[list[Result]], list[Result]] = list
-    weights: bool = False
     torch: bool = True
 
 

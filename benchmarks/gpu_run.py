@@ -7,14 +7,13 @@ import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.gpu import Attempt, Options, Result, Suite
+from benchmarks.gpu import OURS, Attempt, Options, Result, Suite
 from benchmarks.gpu_report import as_row, gpu_facts, markdown_table, torch_facts
 from benchmarks.gpu_suites import (
     EXTRAS,
@@ -62,14 +61,17 @@ def run_gpu_benchmark(request: GpuRequest, *, on_line: Callable[[str], None] = l
     facts = _facts(suite)
     out = result_file(request.out, request.suite)
     outcome = Outcome(results=[], refused={}, failures={})
-    with ExitStack() as stack:
+    with TemporaryDirectory(prefix="wanrt-benchmark-") as scratch_name:
+        scratch = Path(scratch_name)
         bundles = [open_bundle(folder) for folder in request.bundles]
         for case in cases_with_bundles(cases, bundles, asked=bool(request.cases)):
             own = [bundle for bundle in bundles if bundle.manifest.variant.name == case.variant]
             if not own:
-                own = _built(suite, case.variant, facts["arch"], stack, on_line)
+                own = _built(suite, case.variant, facts["arch"], scratch, on_line)
                 bundles += own
-            for name, run in _guarded(case.name, suite.attempts(case, _options(request, own)), outcome):
+            for name, run in _guarded(case.name, suite.attempts(case, _options(request, own, scratch)), outcome):
+                if request.only_baselines and OURS in name.split():
+                    continue
                 _attempt(f"{case.name} {name}", run, outcome, on_line)
                 report = report_of(request.suite, suite, facts, outcome)
                 write_json(out, report)
@@ -100,9 +102,10 @@ def _facts(suite: Suite[Any]) -> dict[str, Any]:
     return gpu_facts() | (torch_facts() if suite.torch else {})
 
 
-def _options(request: GpuRequest, bundles: Sequence[Bundle]) -> Options:
+def _options(request: GpuRequest, bundles: Sequence[Bundle], scratch: Path) -> Options:
     return Options(
         bundles=tuple(bundles),
+        scratch=scratch,
         baselines=request.baselines,
         attention=request.attention,
         budgets_gib=request.budgets_gib,
@@ -111,8 +114,8 @@ def _options(request: GpuRequest, bundles: Sequence[Bundle]) -> Options:
     )
 
 
-def _built(suite: Suite[Any], variant: str, arch: str, stack: ExitStack, on_line: Callable[[str], None]) -> list[Bundle]:
-    """Engines of a variant in the suite's precisions, filled with random weights if it needs them."""
+def _built(suite: Suite[Any], variant: str, arch: str, scratch: Path, on_line: Callable[[str], None]) -> list[Bundle]:
+    """Engines of a variant in the suite's precisions."""
     if missing := [package for package in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(package) is None]:
         raise RequestError(
             f"building engines needs {', '.join(missing)}, not installed here", hint=f"give bundles with --bundle, or {EXTRAS}"
@@ -122,16 +125,11 @@ def _built(suite: Suite[Any], variant: str, arch: str, stack: ExitStack, on_line
     bundles = []
     for precision in suite.precisions:
         on_line(f"building engines of {variant} in {precision} for {arch} (not counted)")
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="wanrt-benchmark-"))) / f"{variant}-{precision}"
+        folder = scratch / f"{variant}-{precision}"
         build = BuildRequest(
             out=folder, checkpoint=None, variant=variant, targets=("cuda",), precision=precision, architectures=(arch,)
         )
         build_bundle(build)
-        if suite.weights:
-            from benchmarks.random_bundle import fill_with_random_weights
-
-            on_line("filling it with random weights (not counted)")
-            fill_with_random_weights(folder)
         bundles.append(open_bundle(folder))
     return bundles
 

@@ -32,6 +32,7 @@ class GpuRequest:
         cases: names of its cases; empty for all that the bundles are for.
         baselines: peers to compare with; empty for none.
         bundles: folders of bundles with a `cuda` target; without any, engines are built for this GPU into a temporary folder.
+        only_baselines: leave this project's own peers out.
         attention, budgets_gib, seconds, profile: see `benchmarks.gpu.Options`.
         out: `.json` file or folder for the result; None for benchmarks/results/ below the current folder.
     """
@@ -40,6 +41,7 @@ class GpuRequest:
     cases: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     bundles: tuple[Path, ...] = ()
+    only_baselines: bool = False
     attention: tuple[Precision, ...] = ()
     budgets_gib: tuple[float, ...] = ()
     seconds: float | None = None
@@ -54,7 +56,9 @@ def open_suite(name: str) -> Suite[Any]:
         RequestError: there is no such suite, or it needs packages that are not installed.
     """
     if name not in SUITES:
-        raise RequestError(f"suite {name!r}: there is toy, {', '.join(SUITES)}", hint="choose one of them with --suite")
+        raise RequestError(
+            f"suite {name!r}: there is toy, quality, {', '.join(SUITES)}", hint="choose one of them with --suite"
+        )
     try:
         suite: Suite[Any] = importlib.import_module(SUITES[name]).SUITE
     except ModuleNotFoundError as exc:
@@ -82,23 +86,24 @@ def check_baselines(name: str, suite: Suite[Any], asked: Sequence[str]) -> None:
     """
     for baseline in asked:
         if baseline not in suite.baselines:
-            reason = f" ({suite.refused[baseline]})" if baseline in suite.refused else ""
             known = ", ".join(suite.baselines) or "none"
-            raise RequestError(
-                f"baseline {baseline!r}: suite {name} has {known}{reason}", hint="leave --baseline out, or name another"
-            )
+            raise RequestError(f"baseline {baseline!r}: suite {name} has {known}", hint="leave --baseline out, or name another")
         if missing := [package for package in suite.baselines[baseline] if importlib.util.find_spec(package) is None]:
             raise RequestError(
                 f"baseline {baseline} needs {', '.join(missing)}, not installed here", hint=f"pip install {' '.join(missing)}"
             )
+        if baseline in suite.checks:
+            suite.checks[baseline]()
 
 
 def check_options(request: GpuRequest, suite: Suite[Any]) -> None:
     """Refuse options that a suite does nothing with.
 
     Raises:
-        RequestError: there is one, or a number is not positive.
+        RequestError: there is one, or a number is not positive, or nothing is left to measure.
     """
+    if request.only_baselines and not request.baselines:
+        raise RequestError("only baselines, and none is named", hint="name one with --baseline")
     given = {
         "attention": request.attention,
         "budgets_gib": request.budgets_gib,

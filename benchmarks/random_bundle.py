@@ -2,34 +2,33 @@
 
     python -m benchmarks.random_bundle BUNDLE
 
-BUNDLE: made by `wanrt build-engines --engines-only`. Weights are drawn on a GPU where torch has one; every tensor is its own. Sizes,
-layout and hashes are those of a real bundle; what it generates is noise.
+BUNDLE: made by `wanrt build-engines --engines-only`. Every tensor is its own, the two experts' too. Sizes, layout and hashes are
+those of a real bundle; what it generates is noise.
 """
 
 import argparse
-import hashlib
 import math
 import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
-import torch
-
+from benchmarks.machine import num_cores
+from benchmarks.random_file import RandomTensor, check_room, random_weight, write_random_file
 from benchmarks.toy_tokenizer import write_tokenizer
 from engines.store import BundleStore, content_key
 from export.pack import PackedTensor, safetensors_header, weight_plan
-from export.trace import TORCH_DTYPES
-from runtime.errors import BundleError
-from runtime.manifest import WeightFile
-from runtime.precision import FP8_MAX, weight_of_scales
-from runtime.specs import DType
+from runtime.errors import BuildError, BundleError
+from runtime.manifest import Manifest, WeightFile
+from runtime.precision import weight_of_scales
+from runtime.specs import Precision
 from runtime.stages import network_components
 
+K = TypeVar("K")
 _KEY = "random"
 
 
@@ -38,70 +37,82 @@ def fill_with_random_weights(folder: Path) -> None:
 
     Raises:
         BundleError: no finished bundle is there.
-        BuildError: the weights could not be written.
+        RequestError: the disk has no room for them.
+        BuildError: they could not be written.
     """
     with BundleStore(folder) as store:
         manifest = store.manifest
         if manifest is None:
             raise BundleError(f"{folder}: no finished bundle", hint="build one with `wanrt build-engines --engines-only`")
-        files = sorted(
-            {
-                (precision, network, component)
-                for target in manifest.targets.values()
-                for network, precision in target.precisions.items()
-                for component in network_components(manifest.variant, network)
-            }
-        )
+        plans = _plans(manifest)
+        check_room(folder, sum(_num_bytes(plan) for plan in plans.values()), "the random weights of this bundle")
         weights: dict[str, dict[str, WeightFile]] = {}
-        for precision, network, component in files:
-            build = partial(_write, plan=weight_plan(manifest.variant, network, precision))
-            path = f"weights/{precision}/{component}.safetensors"
-            made = store.artefact(path, key=content_key(kind=_KEY, path=path), build=build)
-            weights.setdefault(precision, {})[component] = made
-        with TemporaryDirectory() as scratch:
+        with TemporaryDirectory(prefix=".filling-", dir=folder) as scratch:
+            for (precision, component), (file, digest) in _write_files(plans, Path(scratch)).items():
+
+                def move(place: Path, file: Path = file, digest: str = digest) -> dict[str, str]:
+                    file.replace(place)
+                    return {"": digest}
+
+                path = f"weights/{precision}/{component}.safetensors"
+                made = store.artefact(path, key=content_key(kind=_KEY, path=path), build=move)
+                weights.setdefault(precision, {})[component] = made
             write_tokenizer(Path(scratch))
-            source = Path(scratch) / "tokenizer.json"
 
-            def copy(file: Path) -> None:
-                shutil.copyfile(source, file)
+            def copy(place: Path) -> None:
+                shutil.copyfile(Path(scratch) / "tokenizer.json", place)
 
-            tokenizer = store.artefact(source.name, key=_KEY, build=copy)
+            tokenizer = store.artefact("tokenizer.json", key=_KEY, build=copy)
         store.finish(replace(manifest, weights=weights, tokenizer=tokenizer.file, source=_KEY))
 
 
-def draw(tensor: PackedTensor, fan_in: int, generator: torch.Generator) -> torch.Tensor:
-    """Random values whose products keep their scale: deviation 1/sqrt(fan_in), norm weights around 1, FP8 over its whole range."""
-    shape, device = tensor.shape, generator.device
-    if tensor.row_scales:
-        return torch.full(shape, 4 / FP8_MAX * fan_in**-0.5, device=device)
-    gain = tensor.name.endswith("gamma") or ("norm" in tensor.name and tensor.name.endswith("weight"))
-    spread = 0.1 if gain or len(shape) == 1 else fan_in**-0.5
-    drawn = torch.empty(shape, device=device).normal_(0, spread, generator=generator)
-    if tensor.dtype is DType.F8_E4M3:
-        return (drawn / spread * (FP8_MAX / 4)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return (drawn + gain).to(TORCH_DTYPES[tensor.dtype])
+def num_weight_bytes(manifest: Manifest) -> int:
+    """Size of all weights that the targets of a bundle read."""
+    return sum(_num_bytes(plan) for plan in _plans(manifest).values())
 
 
-def _write(file: Path, plan: Sequence[PackedTensor]) -> dict[str, str]:
-    """Write the tensors one after the other; a thread hashes and writes one while the next is drawn."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
+def _plans(manifest: Manifest) -> dict[tuple[Precision, str], list[PackedTensor]]:
+    """What each weight file holds, by precision and component."""
+    return {
+        (precision, component): weight_plan(manifest.variant, network, precision)
+        for target in manifest.targets.values()
+        for network, precision in target.precisions.items()
+        for component in network_components(manifest.variant, network)
+    }
+
+
+def _num_bytes(plan: Sequence[PackedTensor]) -> int:
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in plan)
+
+
+def _write_files(plans: dict[K, list[PackedTensor]], folder: Path) -> dict[K, tuple[Path, str]]:
+    """Write all files at the same time; each with its SHA-256, which one thread a file computes."""
+    with ThreadPoolExecutor(num_cores()) as threads, ThreadPoolExecutor(len(plans)) as writers:
+
+        def write(number: int, plan: list[PackedTensor]) -> tuple[Path, str]:
+            file = folder / str(number)
+            header, tensors = safetensors_header(plan), random_weights(plan)
+            return file, write_random_file(file, header, tensors, threads, seed=number, hashed=True)
+
+        try:
+            return dict(zip(plans, writers.map(write, range(len(plans)), plans.values()), strict=True))
+        except OSError as exc:
+            raise BuildError(f"random weights could not be written: {exc.strerror or exc}", hint="free some space") from exc
+
+
+def random_weights(plan: Sequence[PackedTensor]) -> list[RandomTensor]:
+    """The tensors of a weight file as random ones; the scales of FP8 rows go with their weight's width."""
     inputs = {tensor.name: math.prod(tensor.shape[1:]) for tensor in plan}
-    whole = hashlib.sha256()
-    with file.open("wb") as stream, ThreadPoolExecutor(1) as writer:
-
-        def put(data: memoryview | bytes) -> None:
-            whole.update(data)
-            stream.write(data)
-
-        pending = writer.submit(put, safetensors_header(plan))
-        for tensor in plan:
-            fan_in = max(1, inputs[weight_of_scales(tensor.name) or tensor.name])
-            drawn = draw(tensor, fan_in, generator).contiguous().view(torch.uint8).cpu().numpy()
-            pending.result()
-            pending = writer.submit(put, drawn.reshape(-1).data)
-        pending.result()
-    return {"": whole.hexdigest()}
+    return [
+        random_weight(
+            tensor.name,
+            tensor.shape,
+            tensor.dtype,
+            fan_in=inputs[weight_of_scales(tensor.name) or tensor.name],
+            scales_fp8=tensor.row_scales,
+        )
+        for tensor in plan
+    ]
 
 
 def main() -> int:

@@ -12,8 +12,16 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
+from benchmarks.diffusers_configs import (
+    CONFIG_FILE,
+    TRANSFORMERS,
+    TRANSFORMERS_WEIGHTS_FILE,
+    WEIGHTS_FILE,
+    takes_image,
+    write_diffusers_configs,
+    write_json,
+)
 from benchmarks.toy_tokenizer import VOCABULARY, write_tokenizer
 from benchmarks.toy_weights import (
     Tensors,
@@ -25,9 +33,6 @@ from benchmarks.toy_weights import (
 )
 from export.layouts import text_encoder_diffusers_names, transformer_diffusers_names, vae_diffusers_names
 from runtime.variants import VAE_2_2, ImageEncoderArch, TextEncoderArch, TransformerArch, VaeArch
-
-_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-_CONFIG_FILE, _WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 class Layout(StrEnum):
@@ -50,11 +55,6 @@ class ToyModel:
     experts: int = 1
     boundary: float = 0.875  # between two experts; only a diffusers folder has a place for it
     seed: int = 0
-
-    @property
-    def takes_image(self) -> bool:
-        """Whether an image's mask and latents join the noisy latents."""
-        return self.transformer.in_channels > self.transformer.out_channels
 
 
 _DIT = ToyModel().transformer
@@ -110,7 +110,8 @@ def _write_original(folder: Path, model: ToyModel) -> None:
     }  # fmt: skip
     places = [folder] if model.experts == 1 else [folder / "high_noise_model", folder / "low_noise_model"]
     for index, place in enumerate(places):
-        _write_network(place, config, transformer_weights(arch, seed=model.seed, expert=index))
+        write_json(place / CONFIG_FILE, config)
+        _write_tensors(place / WEIGHTS_FILE, transformer_weights(arch, seed=model.seed, expert=index))
     text_encoder = text_encoder_weights(model.text_encoder, seed=model.seed)
     _write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", text_encoder, bfloat16=True)
     if model.image_encoder is not None:
@@ -123,86 +124,33 @@ def _write_original(folder: Path, model: ToyModel) -> None:
 
 def _write_diffusers(folder: Path, model: ToyModel) -> None:
     arch, text, vae = model.transformer, model.text_encoder, model.vae
-    transformer_config = {
-        "_class_name": "WanTransformer3DModel", "patch_size": arch.patch_size, "num_attention_heads": arch.num_heads,
-        "attention_head_dim": arch.head_dim, "in_channels": arch.in_channels, "out_channels": arch.out_channels,
-        "text_dim": arch.text_dim, "freq_dim": arch.freq_dim, "ffn_dim": arch.ffn_dim, "num_layers": arch.num_layers,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": arch.eps, "rope_max_seq_len": 1024,
-        "image_dim": arch.image_dim, "added_kv_proj_dim": arch.dim if arch.image_dim else None,
-        "pos_embed_seq_len": arch.image_tokens if arch.image_positions else None,
-    }  # fmt: skip
-    text_config = {
-        "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": text.dim, "d_ff": text.ffn_dim,
-        "d_kv": text.attention_dim // text.num_heads, "num_heads": text.num_heads, "num_layers": text.num_layers,
-        "vocab_size": text.vocab_size, "relative_attention_num_buckets": text.num_buckets,
-        "relative_attention_max_distance": text.max_distance, "layer_norm_epsilon": text.eps,
-        "feed_forward_proj": "gated-gelu", "is_encoder_decoder": True, "tie_word_embeddings": True,
-        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
-    }  # fmt: skip
-    vae_config = {
-        "_class_name": "AutoencoderKLWan", "base_dim": vae.base_dim, "z_dim": vae.z_dim, "dim_mult": vae.dim_mult,
-        "num_res_blocks": vae.num_res_blocks, "attn_scales": [], "temperal_downsample": vae.temporal_downsample, "dropout": 0.0,
-        "latents_mean": vae.latents_mean, "latents_std": vae.latents_std, "decoder_base_dim": vae.decoder_base_dim,
-        "is_residual": vae.residual_levels, "patch_size": vae.patch_size if vae.patch_size > 1 else None,
-        "in_channels": 3 * vae.patch_size**2, "out_channels": 3 * vae.patch_size**2,
-        "scale_factor_spatial": vae.spatial_stride, "scale_factor_temporal": vae.temporal_stride,
-    }  # fmt: skip
+    write_diffusers_configs(
+        folder,
+        transformer=arch,
+        text_encoder=text,
+        image_encoder=model.image_encoder,
+        vae=vae,
+        experts=model.experts,
+        boundary=model.boundary,
+        shift=3.0,
+    )
     transformer_names = transformer_diffusers_names(arch)
-    for index, place in enumerate(("transformer", "transformer_2")[: model.experts]):
+    for index, place in enumerate(TRANSFORMERS[: model.experts]):
         tensors = transformer_weights(arch, seed=model.seed, expert=index)
-        _write_network(folder / place, transformer_config, _renamed(tensors, transformer_names))
-    _write_network(folder / "vae", vae_config, _renamed(vae_weights(vae, seed=model.seed), vae_diffusers_names(vae)))
+        _write_tensors(folder / place / WEIGHTS_FILE, _renamed(tensors, transformer_names))
+    _write_tensors(folder / "vae" / WEIGHTS_FILE, _renamed(vae_weights(vae, seed=model.seed), vae_diffusers_names(vae)))
     tensors = _renamed(text_encoder_weights(text, seed=model.seed), text_encoder_diffusers_names(text))
-    _write_network(folder / "text_encoder", text_config, tensors, "model.safetensors")
+    _write_tensors(folder / "text_encoder" / TRANSFORMERS_WEIGHTS_FILE, tensors)
     if model.image_encoder is not None:
-        _write_diffusers_image_encoder(folder, model.image_encoder, seed=model.seed)
+        tensors = image_encoder_weights(model.image_encoder, seed=model.seed)
+        _write_tensors(folder / "image_encoder" / TRANSFORMERS_WEIGHTS_FILE, tensors)
     write_tokenizer(folder / "tokenizer")
-    _write_json(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-        "num_train_timesteps": 1000, "flow_shift": 3.0,
-    })  # fmt: skip
-    _write_json(folder / "model_index.json", {
-        "_class_name": "WanImageToVideoPipeline" if model.takes_image else "WanPipeline",
-        "boundary_ratio": model.boundary if model.experts == 2 else None, "expand_timesteps": arch.per_token_timesteps,
-        **_image_parts(model),
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": ["diffusers", "WanTransformer3DModel"] if model.experts == 2 else [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    })  # fmt: skip
-
-
-def _write_diffusers_image_encoder(folder: Path, arch: ImageEncoderArch, *, seed: int) -> None:
-    config = {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": arch.dim,
-        "intermediate_size": arch.ffn_dim, "num_attention_heads": arch.num_heads, "num_hidden_layers": arch.num_layers,
-        "image_size": arch.image_size, "patch_size": arch.patch_size, "layer_norm_eps": arch.eps,
-        "hidden_act": "quick_gelu" if arch.quick_gelu else "gelu",
-    }  # fmt: skip
-    _write_network(folder / "image_encoder", config, image_encoder_weights(arch, seed=seed), "model.safetensors")
-    _write_json(folder / "image_processor" / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": arch.image_size},
-        "crop_size": {"height": arch.image_size, "width": arch.image_size}, "resample": 3, "rescale_factor": 1 / 255,
-        "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
-        "image_mean": _CLIP_MEAN, "image_std": _CLIP_STD,
-    })  # fmt: skip
-
-
-def _image_parts(model: ToyModel) -> dict[str, Any]:
-    """What the index of a `WanImageToVideoPipeline` names beside a `WanPipeline`'s parts."""
-    if not model.takes_image:
-        return {}
-    there = model.image_encoder is not None
-    return {
-        "image_encoder": ["transformers", "CLIPVisionModel"] if there else [None, None],
-        "image_processor": ["transformers", "CLIPImageProcessor"] if there else [None, None],
-    }
 
 
 def _model_type(model: ToyModel) -> str:
     if model.transformer.per_token_timesteps:
         return "ti2v"
-    if model.takes_image:
+    if takes_image(model.transformer):
         return "flf2v" if model.transformer.image_positions else "i2v"
     return "t2v"
 
@@ -214,11 +162,10 @@ def _renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _write_network(folder: Path, config: dict[str, Any], tensors: Tensors, file_name: str = _WEIGHTS_FILE) -> None:
+def _write_tensors(file: Path, tensors: Tensors) -> None:
     from safetensors.numpy import save_file
 
-    _write_json(folder / _CONFIG_FILE, config)
-    save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _write_pth(path: Path, tensors: Tensors, *, bfloat16: bool) -> None:
@@ -226,11 +173,6 @@ def _write_pth(path: Path, tensors: Tensors, *, bfloat16: bool) -> None:
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     torch.save({name: torch.from_numpy(tensor).to(dtype) for name, tensor in tensors.items()}, path)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

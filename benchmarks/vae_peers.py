@@ -18,8 +18,12 @@ from runtime.component import Component
 from runtime.errors import EngineError
 from runtime.geometry import Float32, VideoSize
 from runtime.specs import DType, Precision, StageSpec, resolve
+from runtime.stages.vae import COLOURS, DECODE_HIGH, DECODE_LOW, ENCODE_HIGH, ENCODE_LOW
 from runtime.strict_json import decode
 from runtime.variants import VaeArch, Variant
+
+FIRST = {pair[0] for pair in (DECODE_LOW, DECODE_HIGH, ENCODE_HIGH, ENCODE_LOW)}
+"""Stages that run once a video; the others, once for each further latent frame."""
 
 
 class BoundWeights:
@@ -139,7 +143,10 @@ def count_tflop(bundle: Bundle, network: str, size: VideoSize) -> float:
     steps = (size.num_frames - 1) // arch.temporal_stride
     total = 0.0
     stages, files = cuda_engines(bundle, network)
-    for repeats, stage in zip((1, steps), stages, strict=True):
+    for stage in stages:
+        if stage.name == COLOURS:
+            continue
+        repeats = 1 if stage.name in FIRST else steps
         plan = decode(Plan, files[stage.name].read_text(encoding="utf-8"), error=EngineError)
         shapes = {buffer.name: [resolve(axis, extents) for axis in buffer.shape] for buffer in plan.buffers}
         weights = {weight.name: weight.shape for weight in stage.weights}
