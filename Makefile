@@ -14,11 +14,11 @@ DEMO_PROMPT := A red fox runs through fresh snow, cinematic light
 DEMO_SIZE := 256x160
 DEMO_FRAMES := 33
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-engines check format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1  \2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo  ## toy checkpoint → bundle → demo.mp4 and demo.png
 	$(BIN)/python -m benchmarks.toy_checkpoint demo/checkpoint
@@ -28,6 +28,9 @@ demo: $(VENV)/.installed-demo  ## toy checkpoint → bundle → demo.mp4 and dem
 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-engines: $(VENV)/.installed-dev  ## every TensorRT engine there is: all stages, variants, precisions and architectures
+	$(BIN)/python -m pytest -m engines $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## lint, format and types, without changing a file
 	$(BIN)/ruff check .

@@ -165,9 +165,9 @@ def _device_memory(bundle: Bundle, target: RuntimeTarget, vram: int | None) -> s
         last_image=blank if takes.last_image is Presence.REQUIRED else None,
     )
     opener = Opener(bundle, target, reason="inspected", num_threads=0)
-    job = resolve_request(request, bundle.manifest, sizes=None, attention=target.attention)
+    job = resolve_request(request, bundle.manifest, sizes=None, attention=opener.attention)
     needs = generation_needs(opener, job, target.rehearse)
-    least = LIBRARY_BYTES + max(need.least_bytes for need in needs)
+    least = LIBRARY_BYTES + max(need.within(0).least_bytes for need in needs)  # in as many strips as there can be
     whole = LIBRARY_BYTES + sum(need.weight_bytes for need in needs) + max(need.work_bytes for need in needs)
     try:
         plan = plan_memory(needs, budget_bytes=whole if vram is None else vram, fixed_bytes=LIBRARY_BYTES)

@@ -10,7 +10,7 @@ from runtime.bundle import Bundle, check_hash
 from runtime.component import Component
 from runtime.errors import BundleError, EngineError, RequestError
 from runtime.manifest import Artefact, Target
-from runtime.precision import in_precision
+from runtime.precision import attention_precision, in_precision
 from runtime.specs import Precision, StageSpec
 from runtime.stages import network_blocks, network_components, network_stages, networks
 
@@ -49,7 +49,7 @@ class Opener:
     @property
     def attention(self) -> tuple[Precision, ...]:
         """Precisions that self-attention can be asked for, the default first."""
-        return self._runtime_target.attention
+        return self._runtime_target.attention or (attention_precision(self.target.precision),)
 
     @property
     def rehearse(self) -> Rehearse | None:
@@ -164,6 +164,7 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0, v
         obstacle = candidate.obstacle()
         if obstacle is None:
             reason = "asked for" if target else f"the best of {', '.join(built)} that runs here"
+            reason += f"; {candidate.note}" if candidate.note else ""
             if vram is not None and candidate.rehearse is None:
                 raise RequestError(
                     f"--vram: target {candidate.name} has no device memory of its own",

@@ -1,6 +1,6 @@
 """A stage's contract in another precision: which tensors narrow, which stay wide, which weights become FP8 with scales.
 
-Stages are declared in float32 (`runtime.stages`); a target that computes in bf16 or fp8 takes the same stages through
+Stages are declared in float32 (`runtime.stages`); a target that computes in bf16, fp16 or fp8 takes the same stages through
 `in_precision`. Stays in float32: what the host makes or reads, norm weights, modulation, the whole time embedding. FP8 is for the
 products of the blocks, W8A8: each row of such a weight, [out, in], has a scale, and so has each token.
 """
@@ -29,14 +29,19 @@ class _Rules:
     """What self-attention reads and writes: fp8 when it runs in fp8."""
     channels_last: bool = False
     """All that is not float32 has its channels last: what convolutions on tensor cores read."""
+    fp16_wide_products: tuple[str, ...] = ()
+    """Parts of the names of fp16 weights whose products, or what they multiply, may exceed fp16's 65,504: both are float32 then."""
 
 
+_NARROW = {Precision.BF16: DType.BF16, Precision.FP16: DType.F16, Precision.FP8: DType.BF16}
 _RULES = {
     "text_encoder": _Rules(
         # the residual stream: in bf16, 24 layers of the true width end 1.4 times as far from float32, and 3.3 times as far in the
         # quiet channels when a few are 60 times as loud (random weights, 24 tokens)
         float32_tensors=frozenset(("hidden_states", "next_hidden_states", "prompt_embeds")),
         float32_weights=("norm", "pos_embedding."),
+        # T5's feed-forward leaves fp16's range: transformers keeps `wo` in float32 (5.23.0, `_keep_in_fp32_modules` of T5 and UMT5)
+        fp16_wide_products=("attn.o.", "ffn."),
     ),
     "image_encoder": _Rules(
         # the residual stream, and what makes and feeds it: in bf16, 31 blocks of the true width end at 1.1e-2 from float32 instead of
@@ -91,14 +96,15 @@ def in_precision(stage: StageSpec, precision: Precision) -> StageSpec:
     if precision is Precision.FP32:
         return stage
     rules = _RULES.get(stage.network)
-    if precision not in (Precision.BF16, Precision.FP8) or rules is None:
+    if rules is None:
         raise ValueError(f"{stage.name} has no {precision}")
+    narrow = _NARROW[precision]
     fp8 = precision is Precision.FP8 and stage.name in rules.fp8_stages
     return replace(
         stage,
-        inputs=tuple(_activation(tensor, rules) for tensor in stage.inputs),
-        outputs=tuple(_activation(tensor, rules) for tensor in stage.outputs),
-        weights=tuple(narrow for weight in stage.weights for narrow in _weight(weight, rules, fp8=fp8)),
+        inputs=tuple(_activation(tensor, rules, narrow) for tensor in stage.inputs),
+        outputs=tuple(_activation(tensor, rules, narrow) for tensor in stage.outputs),
+        weights=tuple(tensor for weight in stage.weights for tensor in _weight(weight, rules, narrow, fp8=fp8)),
     )
 
 
@@ -113,10 +119,28 @@ def with_fp8_attention(stage: StageSpec) -> StageSpec:
     return replace(stage, inputs=tuple(map(narrow, stage.inputs)), outputs=tuple(map(narrow, stage.outputs)))
 
 
+def attention_precision(precision: Precision) -> Precision:
+    """Self-attention's precision where a target has no other: that of what the products of a block are not in fp8."""
+    return Precision.BF16 if precision is Precision.FP8 else precision
+
+
+def is_self_attention(stage: StageSpec) -> bool:
+    """Whether the stage is self-attention itself, which may run in fp8, and no neighbour of it."""
+    rules = _RULES.get(stage.network)
+    tensors = {tensor.name for tensor in (*stage.inputs, *stage.outputs)}
+    return rules is not None and bool(rules.attention_tensors) and rules.attention_tensors <= tensors
+
+
 def accumulates_fast(stage: StageSpec, weight: str) -> bool:
     """Whether the product with this fp8 weight may accumulate in fewer bits than float32."""
     rules = _RULES.get(stage.network)
     return rules is not None and any(part in weight for part in rules.fast_products)
+
+
+def multiplies_wide(stage: StageSpec, weight: TensorSpec) -> bool:
+    """Whether the product with this weight, of a stage already in some precision, is float32 though the weight is narrower."""
+    rules = _RULES.get(stage.network)
+    return weight.dtype is DType.F16 and rules is not None and any(part in weight.name for part in rules.fp16_wide_products)
 
 
 def scale_name(weight: str) -> str:
@@ -135,15 +159,15 @@ def weight_of_scales(name: str) -> str | None:
     return weight if weight != name and weight.endswith(".weight") else None
 
 
-def _activation(tensor: TensorSpec, rules: _Rules) -> TensorSpec:
+def _activation(tensor: TensorSpec, rules: _Rules, narrow: DType) -> TensorSpec:
     if tensor.name in rules.float32_tensors or tensor.dtype is not DType.F32:
         return tensor
     if rules.channels_last:
-        return replace(tensor, dtype=DType.BF16, shape=channels_last_shape(tensor.shape), channels_last=True)
-    return replace(tensor, dtype=DType.BF16)
+        return replace(tensor, dtype=narrow, shape=channels_last_shape(tensor.shape), channels_last=True)
+    return replace(tensor, dtype=narrow)
 
 
-def _weight(weight: TensorSpec, rules: _Rules, *, fp8: bool) -> tuple[TensorSpec, ...]:
+def _weight(weight: TensorSpec, rules: _Rules, narrow: DType, *, fp8: bool) -> tuple[TensorSpec, ...]:
     if any(part in weight.name for part in rules.float32_weights):
         return (weight,)
     if fp8 and len(weight.shape) == 2:
@@ -151,8 +175,8 @@ def _weight(weight: TensorSpec, rules: _Rules, *, fp8: bool) -> tuple[TensorSpec
     if rules.channels_last:
         outputs, *rest = weight.shape
         shape = (_padded(outputs), *(channels_last_shape(tuple(rest)) if rest else ()))
-        return (replace(weight, dtype=DType.BF16, shape=shape, channels_last=True),)
-    return (replace(weight, dtype=DType.BF16),)
+        return (replace(weight, dtype=narrow, shape=shape, channels_last=True),)
+    return (replace(weight, dtype=narrow),)
 
 
 def _padded(channels: Axis) -> int:

@@ -31,11 +31,12 @@ class DType(StrEnum):
     BF16 = "BF16"
     F8_E4M3 = "F8_E4M3"
     I64 = "I64"
+    U8 = "U8"
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8}[self.value]
+        return {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}[self.value]
 
 
 Axis = int | str
@@ -62,7 +63,7 @@ class StageSpec:
     per_block: bool = False
     """The same engine runs once per block, each time with the weights of `blocks.{i}.`."""
     per_prompt: bool = False
-    """Runs once per prompt or image and not at every step: of all weights, its are the last worth keeping on a device."""
+    """Runs before the first step, once per prompt, image or timestep: of all weights, its are the last worth keeping on a device."""
 
     def weight_name(self, weight: str, block: int | None) -> str:
         """Name of `weight` inside the component's safetensors file."""

@@ -95,8 +95,8 @@ def test_a_component_without_weights_is_named(run_refuses: Callable[..., None], 
 
 
 def test_a_stage_without_engine_is_named(run_refuses: Callable[..., None], bundle: Path) -> None:
-    edit_manifest(bundle, lambda manifest: manifest["targets"]["cpu"]["engines"].pop("vae.decode_step"))
-    run_refuses(bundle, message="no engine for vae.decode_step")
+    edit_manifest(bundle, lambda manifest: manifest["targets"]["cpu"]["engines"].pop("vae.decode_high_step"))
+    run_refuses(bundle, message="no engine for vae.decode_high_step")
 
 
 @pytest.mark.parametrize(

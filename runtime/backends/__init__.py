@@ -37,8 +37,10 @@ class RuntimeTarget:
     needs: str
     obstacle: Callable[[], str | None]
     open_session: Callable[[BackendOptions], Session]
-    attention: tuple[Precision, ...]
-    """Precisions that self-attention can be asked for, the default first."""
+    attention: tuple[Precision, ...] = ()
+    """Precisions that self-attention can be asked for, the default first; empty where the engines decide it."""
+    note: str = ""
+    """What to know of it even where it runs."""
     rehearse: Rehearse | None = None
     """None for a target without device memory of its own."""
 
@@ -54,6 +56,13 @@ def _open_cpu(options: BackendOptions) -> Session:
     from runtime.backends.separate import SeparateSession
 
     return SeparateSession(lambda network: OnnxRuntimeBackend(num_threads=options.num_threads))
+
+
+def _open_emulated(options: BackendOptions) -> Session:
+    from runtime.backends.emulated import EmulatedBackend
+    from runtime.backends.separate import SeparateSession
+
+    return SeparateSession(lambda network: EmulatedBackend(num_threads=options.num_threads))
 
 
 def _cuda_obstacle() -> str | None:
@@ -100,5 +109,12 @@ RUNTIME_TARGETS = (
         obstacle=_cpu_obstacle,
         open_session=_open_cpu,
         attention=(Precision.FP32,),
+    ),
+    RuntimeTarget(
+        name="emulated",
+        needs="any CPU, ONNX Runtime, and time",
+        obstacle=_cpu_obstacle,
+        open_session=_open_emulated,
+        note="emulates the rounding of narrow types in float32, slowly: to compare with, not to make videos",
     ),
 )

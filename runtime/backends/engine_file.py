@@ -1,0 +1,92 @@
+"""The file that holds a stage's TensorRT engines: a header that says what they are, then one engine after the other.
+
+One engine serves several GPU architectures where that costs none of them a fusion; those it would cost have one of their own. What a
+machine needs to know before it reads weights (library, version, architectures, sizes) is in the header.
+"""
+
+from dataclasses import dataclass
+
+from runtime.errors import BundleError
+from runtime.strict_json import decode, encode
+
+_LENGTH_BYTES = 8
+_MAX_HEADER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """What a symbolic extent may be in one profile; the engine is tuned for `usual`."""
+
+    smallest: int
+    usual: int
+    largest: int
+
+
+Profile = dict[str, Extent]
+"""The extents of an optimization profile, by symbol of the stage's spec."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePart:
+    """One engine: the architectures it runs on, its size, and the scratch memory that the largest shapes of its profile need.
+
+    The stage of self-attention has two, one of them with `fp8_attention`, for architectures that can.
+    """
+
+    architectures: tuple[str, ...]
+    bytes: int
+    context_bytes: int
+    fp8_attention: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineHeader:
+    """What a file of engines holds, its parts in the order in which they follow."""
+
+    stage: str
+    library: str
+    library_version: str
+    profile: Profile
+    parts: tuple[EnginePart, ...]
+
+
+def pack_engines(header: EngineHeader, engines: list[bytes]) -> bytes:
+    """The file's bytes: the header's length in 8 bytes, the header as JSON, the engines."""
+    assert [part.bytes for part in header.parts] == [len(engine) for engine in engines]
+    text = encode(header).encode()
+    return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *engines])
+
+
+def read_header(data: memoryview) -> EngineHeader:
+    """The header of a file.
+
+    Raises:
+        BundleError: it is not such a file, or does not hold what its header says.
+    """
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if not 0 < length <= min(_MAX_HEADER, len(data) - _LENGTH_BYTES):
+        raise BundleError("not a file of engines", hint="build it again")
+    try:
+        text = bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + length]).decode()
+    except UnicodeDecodeError as exc:
+        raise BundleError("the header of the engines is not text", hint="build it again") from exc
+    header = decode(EngineHeader, text, error=BundleError)
+    held = len(data) - _LENGTH_BYTES - length
+    if any(part.bytes < 1 for part in header.parts) or sum(part.bytes for part in header.parts) != held:
+        raise BundleError(f"{header.stage}: {held} bytes of engines do not match their header", hint="build it again")
+    return header
+
+
+def engine_for(data: memoryview, architecture: str, *, fp8_attention: bool = False) -> tuple[EnginePart, memoryview] | None:
+    """The part for one architecture and its engine, of attention in the form asked for; None when there is none.
+
+    Raises:
+        BundleError: as `read_header`.
+    """
+    header = read_header(data)
+    end = len(data)
+    for part in reversed(header.parts):
+        if architecture in part.architectures and part.fp8_attention == fp8_attention:
+            return part, data[end - part.bytes : end]
+        end -= part.bytes
+    return None

@@ -1,0 +1,194 @@
+"""TensorRT-RTX builds every kind of stage without a GPU, and fuses what is meant to be fused.
+
+What an engine consists of is read from its builder's log; no engine is executed here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+
+import onnx
+import pytest
+
+from engines.precision.typed import typed_graph
+from engines.profiles import DEFAULT_SIZES, stage_profile
+from engines.targets.tensorrt.build import BuiltEngine, build_engine, build_engines
+from engines.targets.tensorrt.library import RTX, TENSORRT, Session
+from engines.targets.tensorrt.network import make_network
+from runtime.backends.engine_file import engine_for, read_header
+from runtime.errors import BuildError
+from runtime.precision import in_precision
+from runtime.specs import Precision
+from runtime.variants import TransformerArch, Variant
+from tests.typed_toys import TOY, stage_of, traced
+
+has_rtx = pytest.mark.skipif(find_spec(RTX.module) is None, reason="tensorrt-rtx is not installed")
+WIDE_HEADS = replace(TOY, transformer=TransformerArch(dim=256, ffn_dim=512, num_heads=2, num_layers=1, text_dim=64))
+"""Heads as wide as the true ones: kernels are chosen by that."""
+ADA_ON = ("sm_89", "sm_120")
+
+
+@cache
+def built(
+    name: str,
+    precision: Precision,
+    architectures: tuple[str, ...] = ADA_ON,
+    variant: Variant = WIDE_HEADS,
+    *,
+    fp8_attention: bool = False,
+) -> BuiltEngine:
+    stage = stage_of(variant, name)
+    return build_engine(
+        Session(RTX),
+        traced(variant, name),
+        in_precision(stage, precision),
+        architectures=architectures,
+        profile=stage_profile(stage, variant, DEFAULT_SIZES),
+        fp8_attention=fp8_attention,
+    )
+
+
+def kernels(engine: BuiltEngine) -> list[str]:
+    """Kinds of an engine's kernels that work on tokens: others work on a few rows."""
+    return [layer.kind for layer in engine.layers if layer.is_large]
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    yield Session(RTX)
+
+
+@has_rtx
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.FP8])
+def test_self_attention_is_one_kernel_in_every_precision(precision: Precision) -> None:
+    assert [layer.is_fused_attention for layer in built("transformer.attention", precision).layers].count(True) == 1
+
+
+@has_rtx
+def test_fp8_attention_reads_fp8_queries_keys_and_values_in_one_kernel() -> None:
+    engine = built("transformer.attention", Precision.BF16, ADA_ON, fp8_attention=True)
+    (attention,) = (layer for layer in engine.layers if layer.is_fused_attention)
+    assert [operand.type for operand in attention.inputs if len(operand.shape) == 3] == ["FP8"] * 3
+    assert [operand.type for operand in attention.outputs] == ["BFloat16"]
+    assert engine.part.context_bytes < built("transformer.attention", Precision.BF16).part.context_bytes
+
+
+@has_rtx
+def test_both_forms_of_attention_are_in_its_file_where_the_architecture_has_fp8() -> None:
+    stage = stage_of(WIDE_HEADS, "transformer.attention")
+    profile = stage_profile(stage, WIDE_HEADS, DEFAULT_SIZES)
+    graph, narrow = traced(WIDE_HEADS, stage.name), in_precision(stage, Precision.BF16)
+    file = memoryview(build_engines(RTX, graph, narrow, architectures=("sm_86", "sm_89"), profile=profile))
+    assert engine_for(file, "sm_86", fp8_attention=True) is None
+    forms = [engine_for(file, "sm_89", fp8_attention=narrow) for narrow in (False, True)]
+    assert [form is not None and form[0].architectures for form in forms] == [("sm_86", "sm_89"), ("sm_89",)]
+
+
+@has_rtx
+def test_an_fp8_block_multiplies_in_fp8_and_quantises_within_the_kernels_around() -> None:
+    before, after = built("transformer.block_in", Precision.FP8), built("transformer.block_out", Precision.FP8)
+    assert [sum(layer.is_fp8_product for layer in engine.layers) for engine in (before, after)] == [1, 5]
+    assert sum(layer.is_fused_attention for layer in after.layers) == 1
+    # block_in: norm and cast to FP8 · product · scales, bias and sums of squares · norm and rotation of queries and keys
+    assert len(kernels(before)) == 4
+    # block_out: 5 products, 1 attention; around them casts, norms, GELU and residuals in as many as there are places
+    assert len(kernels(after)) <= 14
+    assert not any(layer.kind == "reformat" for layer in (*before.layers, *after.layers))
+
+
+@has_rtx
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
+def test_bias_gate_residual_and_gelu_are_epilogues_of_their_products(precision: Precision) -> None:
+    engine = built("transformer.block_out", precision)
+    fused = [layer.name for layer in engine.layers if layer.kind == "runtime_fusion"]
+    assert len(fused) == 4  # o, cross o, both of the FFN; of cross q, the norm behind it takes the bias
+    assert any("Tanh" in name for name in fused)
+
+
+@has_rtx
+def test_turing_has_an_engine_of_its_own_as_it_would_cost_others_their_epilogues() -> None:
+    def epilogues(*architectures: str) -> int:
+        return [layer.kind for layer in built("transformer.block_out", Precision.FP16, architectures).layers].count(
+            "runtime_fusion"
+        )
+
+    assert epilogues("sm_75") == epilogues("sm_75", "sm_89") == 0
+    assert epilogues("sm_80", "sm_86", "sm_89", "sm_120", "sm_121") == epilogues("sm_120") == 4
+    assert RTX.architecture_groups[0] == ("sm_75",)
+
+
+@has_rtx
+def test_rotation_and_attention_are_layers_of_the_network_not_arithmetic(session: Session) -> None:
+    def layers(name: str) -> list[str]:
+        stage = in_precision(stage_of(WIDE_HEADS, name), Precision.BF16)
+        network = make_network(session, typed_graph(traced(WIDE_HEADS, name), stage), stage)
+        return [network.get_layer(index).type.name for index in range(network.num_layers)]
+
+    assert layers("transformer.block_in").count("ROTARY_EMBEDDING") == 2
+    assert layers("transformer.attention").count("ATTENTION_INPUT") == 1
+    assert "SOFTMAX" not in layers("transformer.attention")
+
+
+@has_rtx
+@pytest.mark.parametrize("name", ["vae.decode_low_first", "vae_encoder.encode_high_step", "image_encoder.block"])
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
+def test_stages_of_the_other_networks_build(name: str, precision: Precision) -> None:
+    assert built(name, precision, ADA_ON, TOY).part.bytes > 0
+
+
+@has_rtx
+@pytest.mark.parametrize("name", ["text_encoder.block", "image_encoder.embed", "transformer.time_embed"])
+def test_turing_builds_what_is_float32_elsewhere(name: str) -> None:
+    assert built(name, Precision.FP16, ("sm_75",), TOY).part.bytes > 0  # it has no float32 matrix product
+
+
+@has_rtx
+def test_a_file_of_engines_says_what_it_is_and_gives_each_architecture_its_own() -> None:
+    stage = stage_of(WIDE_HEADS, "transformer.embed")
+    profile = stage_profile(stage, WIDE_HEADS, DEFAULT_SIZES)
+    graph, narrow = traced(WIDE_HEADS, stage.name), in_precision(stage, Precision.FP16)
+    file = memoryview(build_engines(RTX, graph, narrow, architectures=("sm_75", "sm_89", "sm_120"), profile=profile))
+    header = read_header(file)
+    assert (header.stage, header.library, header.profile) == ("transformer.embed", "tensorrt-rtx", profile)
+    assert header.library_version == Session(RTX).version
+    assert [part.architectures for part in header.parts] == [("sm_75",), ("sm_89", "sm_120")]
+    turing, later = engine_for(file, "sm_75"), engine_for(file, "sm_120")
+    assert turing is not None and later is not None and engine_for(file, "sm_90") is None
+    assert (turing[0].bytes, later[0].bytes) == (len(turing[1]), len(later[1]))
+    assert bytes(turing[1]) + bytes(later[1]) == bytes(file[-turing[0].bytes - later[0].bytes :])
+
+
+@has_rtx
+def test_the_same_stage_becomes_the_same_engine() -> None:
+    stage, graph = stage_of(TOY, "transformer.head"), traced(TOY, "transformer.head")
+    narrow, profile = in_precision(stage, Precision.BF16), stage_profile(stage, TOY, DEFAULT_SIZES)
+    first, second = (build_engines(RTX, graph, narrow, architectures=("sm_89",), profile=profile) for _ in range(2))
+    assert len(first) == len(second)
+    assert read_header(memoryview(first)) == read_header(memoryview(second))
+
+
+@has_rtx
+def test_what_the_library_refuses_names_the_stage_and_has_its_last_lines() -> None:
+    with pytest.raises(
+        BuildError, match=r"transformer\.block_out: tensorrt_rtx built no engine for sm_75:\n.*fp8_e4m3"
+    ) as caught:
+        built("transformer.block_out", Precision.FP8, ("sm_75",))
+    assert caught.value.hint
+
+
+@has_rtx
+def test_what_the_parser_refuses_names_the_operator() -> None:
+    stage = in_precision(stage_of(TOY, "transformer.embed"), Precision.BF16)
+    graph = onnx.ModelProto()
+    graph.CopyFrom(typed_graph(traced(TOY, stage.name), stage))
+    graph.graph.node.append(onnx.helper.make_node("StringNormalizer", ["patches"], ["text"]))
+    with pytest.raises(BuildError, match=r"transformer\.embed: the parser refused .*StringNormalizer"):
+        make_network(Session(RTX), graph, stage)
+
+
+@pytest.mark.skipif(find_spec(TENSORRT.module) is not None, reason="tensorrt is installed")
+def test_a_library_that_is_not_installed_is_named_with_the_remedy() -> None:
+    with pytest.raises(BuildError, match="target tensorrt is built with tensorrt, which is not installed") as caught:
+        Session(TENSORRT)
+    assert caught.value.hint == '`pip install "wanrt[tensorrt,export]"`'
