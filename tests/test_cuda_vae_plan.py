@@ -133,7 +133,7 @@ def test_pixels_are_folded_while_the_layout_changes() -> None:
 
 def test_widths_that_are_no_multiple_of_8_are_refused() -> None:
     with pytest.raises(BuildError, match="multiples of 8, not 12"):
-        lower(VaeArch(base_dim=12, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,)), DECODE_LOW[0])
+        lower(VaeArch(base_dim=12, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,)), DECODE_HIGH[0])
 
 
 def test_declared_tensors_have_their_channels_last_in_multiples_of_8() -> None:
