@@ -21,6 +21,9 @@ Fetch = Callable[[Tensors], Callable[[], Array]]
 def run_steps(component: Component, stages: Pair, given: Iterable[Tensors]) -> Iterator[Tensors]:
     """Run the first of two stages on the first tensors and the second on the others, each with the caches of the one before.
 
+    Args:
+        given: what each step takes besides its caches; emptied once it ran, since nobody else needs the memory.
+
     Yields:
         What a step makes besides its caches, still on the device.
 
@@ -30,7 +33,7 @@ def run_steps(component: Component, stages: Pair, given: Iterable[Tensors]) -> I
     caches: Tensors = {}
     for index, inputs in enumerate(given):
         outputs = component.run(stages[min(index, 1)], {**inputs, **caches})
-        del inputs  # nobody else needs their memory
+        inputs.clear()  # others hold the same dict, `enumerate` among them: this lets go of the memory
         caches = {name.removeprefix("next_"): outputs.pop(name) for name in list(outputs) if name.startswith("next_")}
         yield outputs
         del outputs

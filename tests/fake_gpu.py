@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,10 @@ class FakeGpu:
     def compute(self, read: DeviceArray, expected: Array) -> None:
         """Queue computing that reads an array, and must find `expected` there."""
 
+        pointer = read.pointer  # as a device does: what is queued keeps no array
+
         def run() -> None:
-            into, offset = self._find(read.pointer)
+            into, offset = self._find(pointer)
             found = into[offset : offset + expected.nbytes]
             assert (found == expected.reshape(-1).view(np.uint8)).all(), "computed with another unit's weights"
 
@@ -197,3 +200,61 @@ class FakeGpu:
         self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
         assert self.limit_bytes is None or self.reserved_bytes <= self.limit_bytes, "over the budget"
         return start
+
+
+class ComputingGpu(FakeGpu):
+    """A fake GPU that arrays can be sent to and fetched from; `events` says what was run, and when the host waited for it."""
+
+    name, stream = "Fake RTX", 77
+
+    def __init__(self, *, arch: str = "sm_89", **options: Any) -> None:
+        super().__init__(**options)
+        self.arch = arch
+        self.events: list[str] = []
+
+    def make_current(self) -> None: ...
+
+    def from_host(self, array: Array, dtype: DType | None = None) -> DeviceArray:
+        kept, into = array.copy(), super().from_host(array, dtype)
+        self._queue(COMPUTE, lambda: self.write(into.pointer, kept))
+        return into
+
+    def to_host(self, array: DeviceArray) -> Array:
+        self.synchronize()
+        return self.read(array.pointer, array.shape, HOST_TYPES[array.dtype])
+
+    def synchronize(self) -> None:
+        self.events.append("wait")
+        super().synchronize()
+
+    def wait(self, event: FakeEvent) -> None:
+        if event.happened < event.asked:
+            self.events.append("wait")
+        super().wait(event)
+
+    def fetch(self, array: DeviceArray) -> Callable[[], Array]:
+        """What stands for `Readback.fetch`."""
+        found: list[Array] = []
+        self.run(lambda: found.append(self.read(array.pointer, array.shape, HOST_TYPES[array.dtype])))
+
+        def take() -> Array:
+            self.synchronize()
+            return found[0]
+
+        return take
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queue some computing."""
+        self._queue(COMPUTE, work)
+
+    def write(self, pointer: int, array: Array) -> None:
+        memory, offset = self._find(pointer)
+        assert offset + array.nbytes <= len(memory), "beyond the memory that it lies in"
+        memory[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def read(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> Array:
+        memory, offset = self._find(pointer)
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        assert offset + nbytes <= len(memory), "beyond the memory that it lies in"
+        found: Array = memory[offset : offset + nbytes].copy().view(dtype).reshape(shape)
+        return found

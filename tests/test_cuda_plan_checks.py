@@ -100,6 +100,13 @@ def rehearsed(tmp_path: Path) -> Callable[[Plan], object]:
     return run
 
 
+@pytest.mark.parametrize("plan", [replace(PLAN, version=PLAN_VERSION - 1), replace(PLAN, stage="transformer.other")])
+def test_a_plan_of_another_version_or_stage_is_refused_with_a_remedy(plan: Plan, rehearsed: Callable[[Plan], object]) -> None:
+    with pytest.raises(EngineError, match=f"expected {PLAN_VERSION} of transformer.toy") as caught:
+        rehearsed(plan)
+    assert "rebuild" in caught.value.hint
+
+
 def test_a_view_beyond_its_array_is_an_engine_error(rehearsed: Callable[[Plan], object]) -> None:
     rehearsed(PLAN)
     with pytest.raises(EngineError, match=r"columns 0:17 of an array of shape \[5, 16\]"):

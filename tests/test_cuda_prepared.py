@@ -222,6 +222,49 @@ def test_an_outputs_unit_lies_where_the_inputs_does(backend: SmallBackend) -> No
         assert engine.run(tensors(passing, 5))["y"].unit is None
 
 
+def centred(x: str, out: str) -> Step:
+    return Step(
+        kind=StepKind.QUANTIZE_CENTRED, inputs={"x": x}, outputs={"out": out, "scale": "scale", "offset": "offset"}, numbers={}
+    )
+
+
+CENTRED_BUFFERS = (
+    PlanBuffer(name="narrow", shape=("tokens", 64), dtype=DType.F8_E4M3),
+    PlanBuffer(name="scale", shape=(1,), dtype=DType.F32),
+    PlanBuffer(name="offset", shape=(64,), dtype=DType.F32),
+)
+
+
+def test_an_outputs_unit_is_held_with_it(backend: SmallBackend) -> None:
+    pools = backend.counted.pools
+    engine = CudaEngine(plan(centred("x", "narrow"), buffers=CENTRED_BUFFERS, y="narrow"), STAGE, backend)
+    for _ in range(2):
+        given = tensors(backend, 8)
+        before = pools.used_bytes
+        outputs = engine.run(given)
+        assert pools.used_bytes == before + 3 * 512  # 8 x 64 bytes, and the scale and the offset, each a unit of small arrays
+        later = [backend.device.empty((size,), DType.F32).pointer for size in (1, 64)]
+        unit = outputs["y"].unit
+        assert unit is not None and not {unit.scale.pointer, unit.offset.pointer} & {*later}
+        del outputs, unit
+        assert pools.used_bytes == before
+
+
+def test_a_unit_is_held_until_the_last_step_that_takes_what_is_in_it(backend: SmallBackend) -> None:
+    """Attention's output has the unit of its values, which are gone by then."""
+    attention = Step(
+        kind=StepKind.ATTENTION, inputs=dict.fromkeys(("query", "key", "value"), "narrow"), outputs={"out": "mean"},
+        numbers={"num_heads": 1},
+    )  # fmt: skip
+    restore = Step(kind=StepKind.RESTORE, inputs={"x": "mean"}, outputs={"out": "y"}, numbers={})
+    buffers = (*CENTRED_BUFFERS, replace(CENTRED_BUFFERS[0], name="mean"), buffer("y", "tokens", 64))
+    prepared = PreparedPlan(
+        plan(centred("x", "narrow"), attention, restore, buffers=buffers), STAGE, backend, tensors(backend, 8)
+    )
+    narrow, scale, offset = (slot for slot, _ in prepared._turns[0].made)
+    assert [turn.dropped for turn in prepared._turns] == [(), (narrow,), (scale, offset, narrow + 3)]
+
+
 def test_what_allocates_by_itself_is_executed_each_time(backend: SmallBackend) -> None:
     step = Step(kind=StepKind.FRAME_ATTENTION, inputs={"qkv": "x"}, outputs={"out": "y"}, numbers={})
     engine = CudaEngine(plan(step, buffers=(buffer("y", "tokens", 32),)), STAGE, backend)

@@ -2,7 +2,7 @@
 
 One step runs `embed`, then per block `block_in` → `attention` → `block_out`, then `head`. Before the first step, `time_embed` runs once
 for every timestep, `text_embed` and, per block, `text_kv` once a prompt, `image_embed` and `image_kv` once a video. Tokens are the
-only dynamic extent: patches are cut and put back on the host.
+only dynamic extent: patches are cut and joined by the backend, outside the stages.
 
 Where leading frames may be clean, the time embedding has two rows, of timestep 0 and of the step's own: the first `num_clean` tokens
 take row 0, all others row 1.

@@ -40,6 +40,11 @@ class Arena:
         """When set, ranges of at least so many bytes go as high as they can, others as low as they can: what lives long is small."""
         self.used_bytes = 0
 
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(self._segments.values())
+
     def allocate(self, nbytes: int) -> int:
         """Address of `nbytes` bytes; a new segment is taken when they fit nowhere. What `take` raises goes through."""
         nbytes = _whole(nbytes, self._unit)
@@ -115,6 +120,11 @@ class Pools:
     def used_bytes(self) -> int:
         """Bytes of arrays in use."""
         return self._small.used_bytes + self._large.used_bytes
+
+    @property
+    def small_bytes(self) -> int:
+        """Bytes taken for small arrays, in use or not."""
+        return self._small.taken_bytes
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
         """An array of unset elements."""

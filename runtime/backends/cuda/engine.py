@@ -141,7 +141,8 @@ class CudaBackend:
         )
         if plan.version != PLAN_VERSION or plan.stage != stage.name:
             raise EngineError(
-                f"{path.name}: plan version {plan.version} of {plan.stage}, expected {PLAN_VERSION} of {stage.name}"
+                f"{path.name}: plan version {plan.version} of {plan.stage}, expected {PLAN_VERSION} of {stage.name}",
+                hint=REBUILD,
             )
         if self.attention is Precision.FP8 and plan.fp8_attention is not None:
             plan = plan.fp8_attention

@@ -13,7 +13,7 @@ from runtime.backends.cuda.array import DeviceArray, Unit, contiguous
 from runtime.backends.cuda.calls import ALIGNMENT, Call, slot_address, slot_of, symbol
 from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.plan import Buffer, Plan, Step, StepKind, View
-from runtime.backends.cuda.plan_checks import REBUILD, view_roots
+from runtime.backends.cuda.plan_checks import REBUILD
 from runtime.backends.cuda.recent import recall
 from runtime.errors import EngineError
 from runtime.specs import StageSpec, match_shapes, resolve
@@ -129,19 +129,26 @@ class _Preparation:
         self._names = [tensor.name for tensor in (*stage.inputs, *stage.weights)]
         self._buffers = {buffer.name: buffer for buffer in plan.buffers}
         self._views = {view.name: view for view in plan.views}
-        self._roots = view_roots(plan)
         self._arrays = _symbols(self._names, given)
         self._extents = match_shapes(stage, {tensor.name: self._arrays[tensor.name].shape for tensor in stage.inputs})
-        self._slots: dict[str, int] = {}  # buffer → slot
-        self.num_slots = len(given)
+        self._num_given = self.num_slots = len(given)
 
     def turns(self) -> list[_Turn]:
-        return [self._turn(step, dropped) for step, dropped in zip(self._plan.steps, self._last_uses(), strict=True)]
+        works = [self._work(step) for step in self._plan.steps]
+        kept = {slot for output in self.outputs().values() for slot in _slots(output)}
+        turns = []
+        for made, calls, used in reversed(works):
+            last, kept = sorted(used - kept), kept | used
+            dropped = tuple(slot for slot in last if slot >= self._num_given)
+            last_read = tuple(self._names[slot] for slot in last if slot < len(self._names))
+            turns.append(_Turn(made=made, calls=calls, dropped=dropped, last_read=last_read))
+        return turns[::-1]
 
     def outputs(self) -> dict[str, DeviceArray]:
         return {name: self._array(source) for name, source in self._plan.outputs.items()}
 
-    def _turn(self, step: Step, dropped: Sequence[str]) -> _Turn:
+    def _work(self, step: Step) -> tuple[tuple[tuple[int, int], ...], tuple[Call, ...], set[int]]:
+        """`_Turn.made` and `_Turn.calls` of a step, and the slots of all that it reads and writes."""
         made = [self._make(name) for name in step.outputs.values() if name not in self._arrays]
         inputs = {argument: self._array(name) for argument, name in step.inputs.items()}
         outputs = {argument: self._arrays[name] for argument, name in step.outputs.items()}
@@ -152,19 +159,15 @@ class _Preparation:
             with self._executor.device.calls.noting() as calls:
                 changed = self._executor.execute(step, inputs, outputs)
             self._arrays |= {step.outputs[argument]: value for argument, value in changed.items()}
-        return _Turn(
-            made=tuple(made),
-            calls=tuple(calls),
-            dropped=tuple(self._slots[name] for name in dropped if name in self._slots),
-            last_read=tuple(name for name in dropped if name not in self._slots),
-        )
+        used = (*inputs.values(), *(self._arrays[name] for name in step.outputs.values()))
+        return tuple(made), tuple(calls), {slot for one in used for slot in _slots(one)}
 
     def _make(self, name: str) -> tuple[int, int]:
         """Give a buffer a slot; it, and the bytes of the buffer with its spare rows."""
         buffer: Buffer = self._buffers[name]
         rows, *rest = (resolve(axis, self._extents) for axis in buffer.shape)
         spare = -rows % buffer.row_multiple
-        slot = self._slots[name] = self.num_slots
+        slot = self.num_slots
         whole = contiguous(symbol(slot), (rows + spare, *rest), buffer.dtype, None)
         self._arrays[name] = whole.sparing_rows(spare)
         self.num_slots += 1
@@ -179,16 +182,6 @@ class _Preparation:
         for view in reversed(views):
             found = (found.rows if view.axis == 0 else found.columns)(view.start, view.stop)
         return found
-
-    def _last_uses(self) -> list[list[str]]:
-        """After each step, the buffers and inputs that nothing reads any more."""
-        kept = {self._roots.get(name, name) for name in self._plan.outputs.values()}
-        dropped: list[list[str]] = []
-        for step in reversed(self._plan.steps):
-            used = {self._roots.get(name, name) for name in (*step.inputs.values(), *step.outputs.values())}
-            dropped.append(sorted(used - kept))
-            kept |= used
-        return dropped[::-1]
 
 
 class _Executed:
@@ -215,6 +208,13 @@ def _symbols(names: Sequence[str], given: Sequence[DeviceArray]) -> dict[str, De
         name: tensor if tensor.unit is None else replace(tensor, unit=Unit(next(parts), next(parts)))
         for name, tensor in zip(names, arrays, strict=False)
     }
+
+
+def _slots(symbolic: DeviceArray) -> set[int]:
+    """The slots in which an array lies, and its unit: what is in fp8 means nothing without that."""
+    unit = symbolic.unit
+    parts = () if unit is None else (unit.scale, unit.offset)
+    return {slot_of(part.pointer)[0] for part in (symbolic, *parts)}
 
 
 def _placed(
