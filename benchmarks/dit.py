@@ -4,7 +4,8 @@ Weights are random and made on the GPU, every block its own; text length and tim
 the host by every peer.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,7 +14,18 @@ from typing import Any
 import torch
 
 from benchmarks.cuda_steps import StepTime
-from benchmarks.dit_peers import Case, Opened, check_onnxruntime, num_tokens, open_diffsynth, open_diffusers, open_ours
+from benchmarks.dit_peers import (
+    Build,
+    Case,
+    Forward,
+    Opened,
+    check_onnxruntime,
+    num_tokens,
+    open_diffsynth,
+    open_diffusers,
+    open_ours,
+)
+from benchmarks.dit_torch_tensorrt import check_torch_tensorrt, open_torch_tensorrt
 from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, measure
 from runtime.bundle import Bundle
 from runtime.geometry import VideoSize
@@ -25,11 +37,21 @@ SHOWN_STEPS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DitResult(Result):
+    build: Build | None = None  # apart from every time of a forward
     steps: list[StepTime] = field(default_factory=list)  # of one forward more, with --profile
 
     def notes(self) -> list[str]:
-        """The longest kinds of steps."""
-        return [f"{s.step:<60} {s.count:4} x {s.ms / s.count:8.3f} ms = {s.ms:8.1f} ms" for s in self.steps[:SHOWN_STEPS]]
+        """How it was built, and the longest kinds of steps."""
+        return self._build_notes() + [
+            f"{s.step:<60} {s.count:4} x {s.ms / s.count:8.3f} ms = {s.ms:8.1f} ms" for s in self.steps[:SHOWN_STEPS]
+        ]
+
+    def _build_notes(self) -> list[str]:
+        if self.build is None:
+            return []
+        left = Counter(self.build.left_to_pytorch)
+        outside = ", ".join(f"{count} x {name}" for name, count in left.most_common()) or "nothing"
+        return [f"built in {self.build.seconds:.0f} s; engines: {self.build.engines}; left to PyTorch: {outside}"]
 
 
 def forward_tflop(arch: TransformerArch, tokens: int) -> float:
@@ -68,11 +90,12 @@ def _theirs(case: Case, peer: str, options: Options) -> Result:
     free_before = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     with _OPENERS[peer](variant, case) as forward:
         timing, _ = measure(forward, seconds=options.seconds)
+        build = forward.build
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     peak = torch.cuda.max_memory_reserved()
     if peer in _WITH_OWN_MEMORY:
         peak += free_before - free
-    return DitResult(**asdict(timing), **_facts(case, variant), peer=peer, peak_memory_gib=peak / 2**30)
+    return DitResult(**asdict(timing), **_facts(case, variant), peer=peer, peak_memory_gib=peak / 2**30, build=build)
 
 
 def _facts(case: Case, variant: Variant) -> dict[str, Any]:
@@ -80,7 +103,7 @@ def _facts(case: Case, variant: Variant) -> dict[str, Any]:
     return {"case": case.name, "tokens": tokens, "tflop": forward_tflop(variant.transformer, tokens)}
 
 
-def _open_onnxruntime(variant: Variant, case: Case) -> AbstractContextManager[Callable[[], Any]]:
+def _open_onnxruntime(variant: Variant, case: Case) -> AbstractContextManager[Forward]:
     from benchmarks.dit_onnxruntime import open_onnxruntime  # traces graphs, which no other peer needs
 
     return open_onnxruntime(variant, case)
@@ -91,8 +114,9 @@ _OPENERS: dict[str, Opened] = {
     "diffusers-compile": partial(open_diffusers, compiled=True),
     "diffsynth": open_diffsynth,
     "onnxruntime": _open_onnxruntime,
+    "torch-tensorrt": open_torch_tensorrt,
 }
-_WITH_OWN_MEMORY = frozenset({"onnxruntime"})
+_WITH_OWN_MEMORY = frozenset({"onnxruntime", "torch-tensorrt"})
 """Peers that hold memory beside PyTorch's until they are closed."""
 _480P = VideoSize(width=832, height=480, num_frames=81)
 SUITE = Suite(
@@ -108,8 +132,9 @@ SUITE = Suite(
         "diffusers-compile": ("diffusers",),
         "diffsynth": ("diffsynth",),
         "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+        "torch-tensorrt": ("torch_tensorrt", "diffusers"),
     },
-    checks={"onnxruntime": check_onnxruntime},
+    checks={"onnxruntime": check_onnxruntime, "torch-tensorrt": check_torch_tensorrt},
     attempts=attempts,
     takes=frozenset({"attention", "seconds", "profile"}),
 )

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from benchmarks.dit_peers import CUDA_PROVIDER, PROMPT_TOKENS, TIMESTEP, Case
+from benchmarks.dit_peers import CUDA_PROVIDER, PROMPT_TOKENS, TIMESTEP, Case, Forward
 from benchmarks.ort_graphs import contributed_graph
 from benchmarks.random_file import random_weight
 from export.graphs import stage_graph
@@ -150,7 +150,7 @@ def write_graphs(variant: Variant, folder: Path, dtype: DType) -> dict[str, Path
 
 
 @contextmanager
-def open_onnxruntime(variant: Variant, case: Case) -> Iterator[Callable[[], Any]]:
+def open_onnxruntime(variant: Variant, case: Case) -> Iterator[Forward]:
     """A forward of the variant's transformer with random weights, bf16, on the GPU."""
     device, dtype, arch = torch.device("cuda", torch.cuda.current_device()), DType.BF16, variant.transformer
     shape = latent_shape(case.size, vae=variant.vae)
@@ -170,4 +170,4 @@ def open_onnxruntime(variant: Variant, case: Case) -> Iterator[Callable[[], Any]
     ):
         transformer = Transformer(component, arch, shape, conventions=Conventions.ORIGINAL)
         prompt = transformer.encode_text(rng.standard_normal((PROMPT_TOKENS, arch.text_dim), np.float32))
-        yield lambda: transformer.predict(latents, TIMESTEP, [prompt])[0]
+        yield Forward(lambda: transformer.predict(latents, TIMESTEP, [prompt])[0])

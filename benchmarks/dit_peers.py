@@ -1,6 +1,7 @@
 """The peers of `benchmarks.dit`, each opened as a forward to call: the `cuda` target of a bundle, diffusers, DiffSynth-Studio.
 
-Weights are random and made on the GPU, every block its own. ONNX Runtime has a module of its own, `benchmarks.dit_onnxruntime`.
+Weights are random and made on the GPU, every block its own. Modules of their own have ONNX Runtime (`benchmarks.dit_onnxruntime`) and
+Torch-TensorRT (`benchmarks.dit_torch_tensorrt`).
 """
 
 import math
@@ -37,8 +38,28 @@ class Case:
     size: VideoSize
 
 
-Opened = Callable[[Variant, Case], AbstractContextManager[Callable[[], Any]]]
-"""Opens a peer: a forward that returns its output on the host."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What compiling a network took, before its first forward, and what came of it."""
+
+    seconds: float
+    engines: int
+    left_to_pytorch: tuple[str, ...]  # operators that no engine has, each as often as it runs
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward that returns its output on the host."""
+
+    run: Callable[[], Any]
+    build: Build | None = None  # None where nothing is compiled ahead of the first forward
+
+    def __call__(self) -> Any:
+        return self.run()
+
+
+Opened = Callable[[Variant, Case], AbstractContextManager[Forward]]
+"""Opens a peer."""
 
 
 def num_tokens(variant: Variant, case: Case) -> int:
@@ -111,8 +132,22 @@ def open_ours(bundle: Bundle, case: Case, attention: Precision) -> Iterator[tupl
 
 
 @contextmanager
-def open_diffusers(variant: Variant, case: Case, *, compiled: bool, device: str = "cuda") -> Iterator[Callable[[], Any]]:
-    """The same forward in diffusers, bf16; with a timestep for every token where its pipeline does that (`expand_timesteps`)."""
+def open_diffusers(variant: Variant, case: Case, *, compiled: bool, device: str = "cuda") -> Iterator[Forward]:
+    """The same forward in diffusers, bf16."""
+    network = diffusers_network(variant, device)
+    if compiled:
+        network.compile_repeated_blocks(fullgraph=True)
+    inputs = diffusers_inputs(variant, case, device)
+
+    def forward() -> Any:  # the copy to the host waits for the GPU, as the other peer's does
+        return network(*inputs, return_dict=False)[0].float().cpu().numpy()
+
+    with torch.no_grad():
+        yield Forward(forward)
+
+
+def diffusers_network(variant: Variant, device: str) -> Any:
+    """diffusers' transformer with random weights: bf16, but for what `from_pretrained` keeps in float32."""
     from diffusers import WanTransformer3DModel
 
     arch = variant.transformer
@@ -130,24 +165,23 @@ def open_diffusers(variant: Variant, case: Case, *, compiled: bool, device: str 
     _draw_parameters(network)
     for name, parameter in network.named_parameters():
         if "time_embedder" in name or "scale_shift_table" in name or "norm" in name:
-            parameter.data = parameter.data.float()  # as `from_pretrained` keeps them
+            parameter.data = parameter.data.float()
     rope = type(network.rope)(arch.head_dim, (1, 2, 2), 1024)  # its tables are buffers that the meta device left empty
     network.rope = rope.to(device)
-    if compiled:
-        network.compile_repeated_blocks(fullgraph=True)
+    return network
+
+
+def diffusers_inputs(variant: Variant, case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, timestep and prompt in the order of its `forward`; a timestep for every token where its pipeline does that
+    (`expand_timesteps`)."""
     latents, prompt, timestep = _inputs(variant, case, device)
-    if arch.per_token_timesteps:
-        timestep = timestep.expand(1, num_tokens(variant, case))
-
-    def forward() -> Any:  # the copy to the host waits for the GPU, as the other peer's does
-        return network(latents, timestep, prompt, return_dict=False)[0].float().cpu().numpy()
-
-    with torch.no_grad():
-        yield forward
+    if variant.transformer.per_token_timesteps:
+        timestep = timestep.expand(1, num_tokens(variant, case)).contiguous()  # as Torch-TensorRT asks
+    return latents, timestep, prompt
 
 
 @contextmanager
-def open_diffsynth(variant: Variant, case: Case, *, device: str = "cuda") -> Iterator[Callable[[], Any]]:
+def open_diffsynth(variant: Variant, case: Case, *, device: str = "cuda") -> Iterator[Forward]:
     """The same forward in DiffSynth-Studio, bf16 as its pipeline loads it, with the attention that it finds installed."""
     from diffsynth.models.wan_video_dit import WanModel, precompute_freqs_cis_3d
     from diffsynth.pipelines.wan_video import model_fn_wan_video
@@ -178,7 +212,7 @@ def open_diffsynth(variant: Variant, case: Case, *, device: str = "cuda") -> Ite
         return made.float().cpu().numpy()
 
     with torch.no_grad():
-        yield forward
+        yield Forward(forward)
 
 
 def _draw_parameters(network: torch.nn.Module) -> None:

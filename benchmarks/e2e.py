@@ -134,11 +134,11 @@ def _filled(bundle: Bundle, scratch: Path) -> Path:
 
     folder = scratch / f"filled-{bundle.sha256[:16]}"
     if not folder.exists():
-        shutil.copytree(bundle.folder, folder)
         try:
+            shutil.copytree(bundle.folder, folder)
             fill_with_random_weights(folder)
-        except WanError:
-            shutil.rmtree(folder)
+        except BaseException:  # half a copy must not serve the next case
+            shutil.rmtree(folder, ignore_errors=True)
             raise
     return folder
 
@@ -154,7 +154,7 @@ def run_options(case: Case, attention: Precision) -> list[str]:
     """What `wanrt run` is told beside the bundle and where the video goes."""
     size = case.size
     sized = ["--size", f"{size.width}x{size.height}", "--frames", str(size.num_frames), "--steps", str(case.num_steps)]
-    return [*sized, "--attention", attention.value, "--prompt", PROMPT, "--seed", str(SEED)]
+    return ["--target", "cuda", *sized, "--attention", attention.value, "--prompt", PROMPT, "--seed", str(SEED)]
 
 
 def run_once(bundle: Path, options: list[str]) -> tuple[float, dict[str, Any]]:

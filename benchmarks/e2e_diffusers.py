@@ -4,6 +4,7 @@ The checkpoint is written just before and removed right after, so that its files
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -60,7 +61,7 @@ def run_diffusers(
 
     Raises:
         RequestError: the disk has no room for the checkpoint.
-        WanError: it failed; the message has its last words.
+        WanError: it failed, and the message has its last words; or its frames are constant or not finite.
     """
     with TemporaryDirectory(prefix="wanrt-peer-") as name:
         folder = Path(name)
@@ -97,7 +98,12 @@ def _run(job: Generation, folder: Path) -> tuple[float, PeerReport]:
     seconds = time.perf_counter() - started
     if done.returncode != 0:
         raise WanError(f"diffusers ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return seconds, PeerReport(**json.loads(Path(job.report).read_text(encoding="utf-8")))
+    report = PeerReport(**json.loads(Path(job.report).read_text(encoding="utf-8")))
+    if not 0 < report.output_std < math.inf:  # NaN is neither
+        raise WanError(
+            "diffusers' frames are constant or not finite: such data runs faster than real data, so its time means nothing"
+        )
+    return seconds, report
 
 
 def read_generation(path: str) -> Generation:

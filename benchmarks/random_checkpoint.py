@@ -77,7 +77,7 @@ def _write(folder: Path, variant: Variant) -> None:
             write_random_file(folder / place, header, tensors, threads, seed=seed, hashed=False)
     first, *others = TRANSFORMERS[: len(variant.experts)]
     for place in others:
-        (folder / place / WEIGHTS_FILE).symlink_to(folder / first / WEIGHTS_FILE)
+        (folder / place / WEIGHTS_FILE).symlink_to(Path("..", first, WEIGHTS_FILE))
 
 
 def _networks(variant: Variant) -> Iterator[tuple[str, Table, dict[str, str]]]:

@@ -38,12 +38,33 @@ def test_diffusers_generates_in_a_process_of_its_own_and_says_where_the_time_wen
     assert report.output_std > 0
 
 
-def test_what_diffusers_says_last_is_in_the_error(tmp_path: Path) -> None:
-    job = Generation(
-        model=str(tmp_path / "nothing"), video="", report="", prompt="", negative_prompt="", width=32, height=32, num_frames=5,
-        fps=16, num_steps=1, guidance=(4.0, 3.0), seed=1, device="cpu",
+def job_in(folder: Path) -> Generation:
+    return Generation(
+        model=str(folder / "nothing"), video="", report=str(folder / "report.json"), prompt="", negative_prompt="", width=32,
+        height=32, num_frames=5, fps=16, num_steps=1, guidance=(4.0, 3.0), seed=1, device="cpu",
     )  # fmt: skip
+
+
+def test_what_diffusers_says_last_is_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(WanError, match=r"(?s)diffusers ended with 1: .*nothing"):
+        e2e_diffusers._run(job_in(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("spread", [0.0, float("nan"), float("inf")])
+def test_constant_or_infinite_frames_of_the_peer_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    job = job_in(tmp_path)
+
+    def run(command: list[str], **_: Any) -> Any:
+        report = PeerReport(
+            stage_seconds={}, step_seconds=[1.0], first_step_seconds=1.0, peak_memory_bytes=None, output_std=spread
+        )
+        e2e_diffusers.write_report(job.report, report)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(WanError, match="frames are constant or not finite"):
         e2e_diffusers._run(job, tmp_path)
 
 
@@ -89,11 +110,26 @@ def test_a_bundle_without_weights_is_filled_once_in_a_copy(tmp_path: Path, monke
     assert e2e._filled(bundle, scratch) == bundle.folder
 
 
-def test_a_copy_that_could_not_be_filled_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [WanError("no room"), OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_copy_that_could_not_be_filled_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     def full(folder: Path) -> None:
-        raise WanError("no room")
+        raise error
 
     monkeypatch.setattr("benchmarks.random_bundle.fill_with_random_weights", full)
-    with pytest.raises(WanError, match="no room"):
+    with pytest.raises(type(error)):
         e2e._filled(engines_only(tmp_path / "bundle"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_half_a_copy_does_not_serve_the_next_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(source: Path, folder: Path) -> None:
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    bundle = engines_only(tmp_path / "bundle")
+    monkeypatch.setattr("shutil.copytree", cut)
+    with pytest.raises(OSError, match="No space left"):
+        e2e._filled(bundle, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

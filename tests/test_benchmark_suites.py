@@ -145,7 +145,7 @@ def test_a_whole_generation_is_the_plain_command_line(monkeypatch: pytest.Monkey
     assert name == row["peer"] == "wanrt bf16, attention bf16"
     assert (row["first_step_seconds"], row["median_step_seconds"], row["peak_memory_gib"]) == (5.5, 1.5, 3.0)
     assert commands[0][1:5] == ["-m", "cli", "run", "bundle"]
-    assert "--size 832x480 --frames 81 --steps 4 --attention bf16" in " ".join(commands[0])
+    assert "--target cuda --size 832x480 --frames 81 --steps 4 --attention bf16" in " ".join(commands[0])
 
 
 def test_a_generation_in_a_fresh_process_brings_its_report(one_expert: Toy) -> None:

@@ -102,6 +102,16 @@ def tiny_variant() -> Variant:
     )
 
 
+def test_a_random_checkpoint_is_whole_where_it_is_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("written").mkdir()
+    write_random_checkpoint(Path("written"), tiny_variant())
+    moved = tmp_path / "elsewhere" / "checkpoint"
+    moved.parent.mkdir()
+    Path("written").rename(moved)
+    assert load_file(moved / TRANSFORMERS[1] / WEIGHTS_FILE).keys() == load_file(moved / TRANSFORMERS[0] / WEIGHTS_FILE).keys()
+
+
 def test_diffusers_takes_every_tensor_of_a_random_checkpoint(tmp_path: Path) -> None:
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
