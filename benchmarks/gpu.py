@@ -13,9 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.precision import in_precision
 from runtime.specs import Precision, StageSpec
-from runtime.stages import network_stages
 
 OURS = "wanrt"
 """How the names of this project's own peers begin."""
@@ -119,9 +117,8 @@ def attentions(bundle: Bundle, asked: Sequence[Precision]) -> tuple[Precision, .
 def cuda_engines(bundle: Bundle, network: str) -> tuple[tuple[StageSpec, ...], dict[str, Path]]:
     """A network's stages as the `cuda` target runs them, and its engine files."""
     target = bundle.manifest.targets["cuda"]
-    stages = (in_precision(stage, target.precisions[network]) for stage in network_stages(bundle.manifest.variant, network))
-    chosen = tuple(stages)
-    return chosen, {stage.name: bundle.file(target.engines[stage.name]) for stage in chosen}
+    stages = bundle.manifest.stages(target, network)
+    return stages, {stage.name: bundle.file(target.engines[stage.name]) for stage in stages}
 
 
 def cuda_kernels(bundle: Bundle) -> dict[str, bytes]:

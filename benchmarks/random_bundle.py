@@ -74,7 +74,7 @@ def num_weight_bytes(manifest: Manifest) -> int:
 def _plans(manifest: Manifest) -> dict[tuple[Precision, str], list[PackedTensor]]:
     """What each weight file holds, by precision and component."""
     return {
-        (precision, component): weight_plan(manifest.variant, network, precision)
+        (precision, component): weight_plan(manifest.variant, network, precision, wide=manifest.fp8_wide)
         for target in manifest.targets.values()
         for network, precision in target.precisions.items()
         for component in network_components(manifest.variant, network)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from engines.profiles import DEFAULT_SIZES
-from engines.targets.tensorrt.library import has_precision
-from runtime.backends.engine_file import Profile
+from engines.targets.tensorrt.library import RTX, TENSORRT, architecture_present, has_precision
+from runtime.backends.engine_file import Profile, scratch_bytes
 from runtime.errors import RequestError
 from runtime.geometry import SizeRange
 from runtime.specs import Precision, StageSpec
@@ -59,6 +61,8 @@ class TargetPlan:
     """Whether an architecture computes in a precision."""
     sizes: SizeRange | None = None
     """What its engines are built for when nothing is asked for; None: they take any size."""
+    scratch_bytes: Callable[[Path], int] | None = None
+    """The scratch memory that an engine file asks for at the largest size; None where engines have none of their own."""
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -78,12 +82,17 @@ def architectures(plan: TargetPlan, asked: tuple[str, ...], precision: Precision
     """The architectures a target compiles for: of those asked for, or of all, the ones that have the precision.
 
     Raises:
-        RequestError: it has none of those asked for.
+        RequestError: it has none of those asked for, or the GPU present does not have the precision.
         BuildError: the GPU present cannot be told.
     """
-    possible = (plan.find_architecture(),) if plan.find_architecture is not None else plan.architectures
+    known = (plan.find_architecture(),) if plan.find_architecture is not None else plan.architectures
     wanted = precision if precision in plan.precisions else plan.precisions[0]
-    possible = tuple(name for name in possible if plan.has_precision(name, wanted))
+    possible = tuple(name for name in known if plan.has_precision(name, wanted))
+    if known and not possible:
+        raise RequestError(
+            f"precision {wanted}: target {plan.name} builds for the GPU present, {known[0]}, which does not have it",
+            hint="choose another with --precision: fp16 runs everywhere",
+        )
     chosen = tuple(name for name in possible if name in asked or not asked)
     if possible and not chosen:
         raise RequestError(
@@ -123,22 +132,14 @@ def _compile_cuda_kernels(architecture: str) -> bytes:
 
 def _build_rtx(graph: "onnx.ModelProto", stage: StageSpec, options: EngineOptions = _ANY) -> bytes:
     from engines.targets.tensorrt.build import build_engines
-    from engines.targets.tensorrt.library import RTX
 
     return build_engines(RTX, graph, stage, architectures=options.architectures, profile=options.profile)
 
 
 def _build_tensorrt(graph: "onnx.ModelProto", stage: StageSpec, options: EngineOptions = _ANY) -> bytes:
     from engines.targets.tensorrt.build import build_engines
-    from engines.targets.tensorrt.library import TENSORRT
 
     return build_engines(TENSORRT, graph, stage, architectures=options.architectures, profile=options.profile)
-
-
-def _architecture_present() -> str:
-    from engines.targets.tensorrt.library import TENSORRT, architecture_present
-
-    return architecture_present(TENSORRT)
 
 
 def _tensorrt_networks(build_engine: BuildEngine) -> dict[str, NetworkPlan]:
@@ -186,17 +187,19 @@ TARGETS = {
             name="rtx",
             networks=_tensorrt_networks(_build_rtx),
             tools=(*_TRACERS, "tensorrt-rtx"),
-            architectures=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+            architectures=tuple(name for group in RTX.architecture_groups for name in group),
             has_precision=has_precision,
             sizes=DEFAULT_SIZES,
+            scratch_bytes=scratch_bytes,
         ),
         TargetPlan(
             name="tensorrt",
             networks=_tensorrt_networks(_build_tensorrt),
             tools=(*_TRACERS, "tensorrt"),
-            find_architecture=_architecture_present,
+            find_architecture=partial(architecture_present, TENSORRT),
             has_precision=has_precision,
             sizes=DEFAULT_SIZES,
+            scratch_bytes=scratch_bytes,
         ),
     )
 }

@@ -117,6 +117,7 @@ class BundleStore:
             _check_folder(self.folder, self.manifest)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(_locked(self.folder))
+            self._check_unchanged()
             self._building = True
             self._save_journal()
             (self.folder / MANIFEST).unlink(missing_ok=True)
@@ -126,6 +127,12 @@ class BundleStore:
             raise BuildError(
                 f"{self.folder}: cannot be written: {exc.strerror or exc}", hint="choose another --out folder"
             ) from exc
+
+    def _check_unchanged(self) -> None:
+        """Refuse to go on from what another build has replaced since this one read it: files of other content may have the same size."""
+        manifest = _read_manifest(self.folder / MANIFEST)
+        if (manifest, _known_artefacts(manifest, self.folder / JOURNAL)) != (self.manifest, self._known):
+            raise BuildError(f"{self.folder}: another build has changed it meanwhile", hint="run the same command again")
 
     def _save_journal(self) -> None:
         _write_whole(self.folder / JOURNAL, strict_json.encode(_Journal(artefacts=self._known)))

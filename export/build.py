@@ -12,9 +12,11 @@ from export.builder import Builder, BuildEvent, BuildRequest
 from runtime.errors import ExportError, RequestError, WanError
 from runtime.geometry import check_size
 from runtime.manifest import SCHEMA_VERSION, Manifest, WeightFile
+from runtime.precision import FP8_WIDE, find_wide_fault, stages_in_precision
 from runtime.report import peak_memory_bytes
 from runtime.schedulers import Conventions, DiffusersScheduler, parse_scheduler_config
-from runtime.stages import network_components, network_stages, networks
+from runtime.specs import Precision
+from runtime.stages import network_blocks, network_components, network_stages
 from runtime.variants import VARIANTS, Variant
 from runtime.version import VERSION
 
@@ -35,6 +37,8 @@ class BuildSummary:
     num_reused: int
     seconds: float
     peak_memory_bytes: int | None
+    scratch_bytes: dict[str, dict[str, int]]
+    """Of targets whose engines need some: what each stage's needs at the largest size; all stages share the most of it."""
 
 
 def build_bundle(request: BuildRequest, *, on_event: Callable[[BuildEvent], None] = lambda _: None) -> BuildSummary:
@@ -79,8 +83,9 @@ def _build(
             for component in network_components(variant, network)
         }
     )
-    stages = sum(len(network_stages(variant, network)) for network in networks(variant))
-    total = stages * len(plans) + sum(
+    _check_wide(request, plans, variant)
+    total = sum(_num_engines(plan, request, variant) for plan in plans)
+    total += sum(
         len(architectures(plan, request.architectures, request.precision)) for plan in plans if plan.compile_kernels is not None
     )
     total += len(packs) + 1 if checkpoint else 0
@@ -97,6 +102,7 @@ def _build(
         conventions=conventions,
         scheduler=scheduler,
         targets=targets,
+        fp8_wide=request.fp8_wide,
         weights=weights,
         tokenizer=builder.tokenizer() if checkpoint else None,
         source=_unicode(request.checkpoint.resolve().name) if request.checkpoint else "",
@@ -112,7 +118,43 @@ def _build(
         num_reused=builder.reused,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        scratch_bytes={
+            plan.name: {name: plan.scratch_bytes(request.out / file.path) for name, file in targets[plan.name].engines.items()}
+            for plan in plans
+            if plan.scratch_bytes is not None
+        },
     )
+
+
+def _num_engines(plan: TargetPlan, request: BuildRequest, variant: Variant) -> int:
+    return sum(
+        len(
+            stages_in_precision(
+                network_stages(variant, network),
+                precision,
+                num_blocks=network_blocks(variant, network),
+                wide=request.fp8_wide,
+            )
+        )
+        for network, precision in network_precisions(plan, variant, request.precision).items()
+    )
+
+
+def _check_wide(request: BuildRequest, plans: list[TargetPlan], variant: Variant) -> None:
+    """Refuse parts to keep wide that the transformer does not have, or where nothing is fp8."""
+    built = [network_precisions(plan, variant, request.precision)["transformer"] for plan in plans]
+    if Precision.FP8 not in built:
+        if request.fp8_wide != FP8_WIDE:
+            raise RequestError(
+                f"--wide: of fp8, and the transformer is built in {', '.join(dict.fromkeys(built))}",
+                hint="build with --precision fp8, or leave --wide out",
+            )
+        return
+    blocks = network_blocks(variant, "transformer")
+    if fault := find_wide_fault(request.fp8_wide, network_stages(variant, "transformer"), num_blocks=blocks):
+        raise RequestError(
+            f"--wide: {fault}", hint="first:N, last:N or a product's name; --precision bf16 makes all of it bf16"
+        )
 
 
 def _sampling(checkpoint: "Checkpoint | None") -> tuple[Conventions, DiffusersScheduler | None]:

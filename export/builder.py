@@ -20,9 +20,9 @@ from runtime.bundle import file_sha256
 from runtime.errors import BuildError
 from runtime.geometry import SizeRange
 from runtime.manifest import Artefact, Target, WeightFile
-from runtime.precision import in_precision
+from runtime.precision import FP8_WIDE, WideParts, stages_in_precision
 from runtime.specs import Precision, StageSpec
-from runtime.stages import network_arch, network_stages, networks
+from runtime.stages import network_arch, network_blocks, network_stages
 from runtime.variants import Variant
 
 if TYPE_CHECKING:  # torch is loaded only when a checkpoint is opened or a stage must really be traced
@@ -51,6 +51,7 @@ class BuildRequest:
         targets, precision: what to build for; `precision` None takes each target's default.
         sizes: the sizes the engines must take; None for any.
         architectures: GPU architectures to compile for; empty for all that a target has.
+        fp8_wide: what of an fp8 transformer is bf16 all the same.
     """
 
     out: Path
@@ -60,6 +61,7 @@ class BuildRequest:
     precision: Precision | None = None
     sizes: SizeRange | None = None
     architectures: tuple[str, ...] = ()
+    fp8_wide: WideParts = FP8_WIDE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +110,10 @@ class Builder:
             precisions=precisions,
             sizes=sizes,
             engines={
-                stage.name: self._engine(plan, stage, precisions[network], self._options(plan, stage, chosen, sizes), facts)
-                for network in networks(self._variant)
+                narrow.name: self._engine(plan, stage, narrow, self._options(plan, stage, chosen, sizes), facts)
+                for network, precision in precisions.items()
                 for stage in network_stages(self._variant, network)
+                for narrow in self._narrowed(stage, precision)
             },
             kernels={
                 architecture: self._kernels(plan, architecture, facts)
@@ -124,7 +127,7 @@ class Builder:
         from export.pack import weight_plan, write_weights
 
         assert self._checkpoint is not None
-        plan = weight_plan(self._variant, network, precision)
+        plan = weight_plan(self._variant, network, precision, wide=self._request.fp8_wide)
         source = self._checkpoint.components[component]
 
         def build(file: Path) -> dict[str, str]:
@@ -157,18 +160,24 @@ class Builder:
             return EngineOptions()
         return EngineOptions(architectures=chosen, profile=stage_profile(stage, self._variant, sizes))
 
+    def _narrowed(self, stage: StageSpec, precision: Precision) -> tuple[StageSpec, ...]:
+        """What is built of a stage: in fp8 also its like for wide blocks."""
+        num_blocks = network_blocks(self._variant, stage.network)
+        return stages_in_precision([stage], precision, num_blocks=num_blocks, wide=self._request.fp8_wide)
+
     def _engine(
-        self, plan: TargetPlan, stage: StageSpec, precision: Precision, options: EngineOptions, facts: Mapping[str, object]
+        self, plan: TargetPlan, stage: StageSpec, narrow: StageSpec, options: EngineOptions, facts: Mapping[str, object]
     ) -> Artefact:
+        """The engine of a stage, declared in float32, in the precision of `narrow`; which blocks take it is not its concern."""
         network = plan.networks[stage.network]
 
         def build(file: Path) -> None:
-            file.write_bytes(network.build_engine(self._graph(stage), in_precision(stage, precision), options))
+            file.write_bytes(network.build_engine(self._graph(stage), narrow, options))
 
         arch = dataclasses.asdict(network_arch(self._variant, stage.network))
-        built_for = dataclasses.asdict(options)
-        key = content_key(stage=dataclasses.asdict(stage), arch=arch, precision=precision, options=built_for, **facts)
-        return self._artefact(f"engines/{plan.name}/{stage.name}{network.suffix}", key=key, build=build).file
+        declared = dataclasses.asdict(dataclasses.replace(narrow, blocks=None))
+        key = content_key(stage=declared, arch=arch, options=dataclasses.asdict(options), **facts)
+        return self._artefact(f"engines/{plan.name}/{narrow.name}{network.suffix}", key=key, build=build).file
 
     def _graph(self, stage: StageSpec) -> "onnx.ModelProto":
         """A stage's graph, traced once for all targets."""

@@ -29,6 +29,10 @@ def stage_graph(variant: Variant, stage: StageSpec) -> onnx.ModelProto:
     Raises:
         ExportError: the stage could not be captured or differs from its spec.
     """
+    return trace_stage(stage_module(variant, stage), stage)
+
+
+def stage_module(variant: Variant, stage: StageSpec) -> nn.Module:
+    """The module of one stage of a variant, its parameters without memory."""
     with torch.device("meta"):
-        module = _MODULES[stage.name](network_arch(variant, stage.network))
-    return trace_stage(module, stage)
+        return _MODULES[stage.name](network_arch(variant, stage.network))

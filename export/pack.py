@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from export.trace import TORCH_DTYPES
 from runtime.errors import ExportError
-from runtime.precision import CHANNEL_MULTIPLE, FP8_MAX, in_precision, weight_of_scales
+from runtime.precision import CHANNEL_MULTIPLE, FP8_MAX, FP8_WIDE, WideParts, stages_in_precision, weight_of_scales
 from runtime.specs import DType, Precision, StageSpec
 from runtime.stages import network_blocks, network_stages
 from runtime.stages.text_encoder import TOKEN_EMBEDDING
@@ -64,7 +64,7 @@ def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTen
     """The weights that a component's stages declare, each once, in the order in which the stages first need them."""
     plan: dict[str, PackedTensor] = {}
     for stage in stages:
-        for block in range(num_blocks) if stage.per_block else (None,):
+        for block in stage.places(num_blocks):
             for weight in stage.weights:
                 name = stage.weight_name(weight.name, block)
                 shape = tuple(axis for axis in weight.shape if isinstance(axis, int))
@@ -81,10 +81,11 @@ def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTen
     return list(plan.values())
 
 
-def weight_plan(variant: Variant, network: str, precision: Precision) -> list[PackedTensor]:
+def weight_plan(variant: Variant, network: str, precision: Precision, *, wide: WideParts = FP8_WIDE) -> list[PackedTensor]:
     """Everything a weight file of one network holds: what its stages declare, and what the host reads itself."""
-    stages = [in_precision(stage, precision) for stage in network_stages(variant, network)]
-    plan = pack_plan(stages, num_blocks=network_blocks(variant, network))
+    num_blocks = network_blocks(variant, network)
+    stages = stages_in_precision(network_stages(variant, network), precision, num_blocks=num_blocks, wide=wide)
+    plan = pack_plan(stages, num_blocks=num_blocks)
     if network == "text_encoder":
         table = (variant.text_encoder.vocab_size, variant.text_encoder.dim)
         dtype = DType.F32 if precision is Precision.FP32 else DType.BF16

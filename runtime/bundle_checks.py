@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 from runtime.manifest import Manifest
+from runtime.precision import find_wide_fault
 from runtime.schedulers import SchedulerName
-from runtime.stages import Arch, networks
+from runtime.stages import Arch, network_blocks, network_stages, networks
 from runtime.stages.vae_layers import check_levels
 from runtime.variants import ImageUse, Presence, TextEncoderArch, TransformerArch, VaeArch, Variant
 
@@ -44,6 +45,9 @@ def check_manifest(manifest: Manifest, refuse: Refuse) -> None:
     for name, target in manifest.targets.items():
         if target.precisions.keys() != set(expected):
             raise refuse(f"target {name}: states the precision of {list(target.precisions)}, expected {list(expected)}")
+    blocks = network_blocks(manifest.variant, "transformer")
+    if fault := find_wide_fault(manifest.fp8_wide, network_stages(manifest.variant, "transformer"), num_blocks=blocks):
+        raise refuse(f"fp8_wide: {fault}")
 
 
 def check_path(path: str, refuse: Refuse) -> None:

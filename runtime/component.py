@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from runtime.backends.base import Backend, DeviceTensor, Engine
+from runtime.precision import wide_name
 from runtime.specs import StageSpec
 
 
@@ -49,8 +50,11 @@ class Component:
         self, stage: str, inputs: Mapping[str, DeviceTensor], *, block: int | None = None, consumed: Collection[str] = ()
     ) -> dict[str, DeviceTensor]:
         """Run one stage with its weights bound; returns its outputs by name. `consumed`: inputs that nobody uses afterwards."""
-        weights = self._weights.stage_weights(self._stages[stage], block)
-        return self._engines[stage].run({**inputs, **weights}, consumed=consumed)
+        spec = self._stages[stage]
+        if block is not None and spec.blocks is not None and block not in spec.blocks:
+            spec = self._stages[wide_name(stage)]
+        weights = self._weights.stage_weights(spec, block)
+        return self._engines[spec.name].run({**inputs, **weights}, consumed=consumed)
 
     def close(self) -> None:
         for engine in self._engines.values():

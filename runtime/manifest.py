@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from runtime.geometry import SizeRange
+from runtime.precision import WideParts, stages_in_precision
 from runtime.schedulers import Conventions, DiffusersScheduler
-from runtime.specs import Precision
+from runtime.specs import Precision, StageSpec
+from runtime.stages import network_blocks, network_stages
 from runtime.variants import Variant
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +58,19 @@ class Manifest:
     conventions: Conventions
     scheduler: DiffusersScheduler | None
     targets: dict[str, Target]
+    fp8_wide: WideParts  # of every target that is fp8: they share its weights
     weights: dict[str, dict[str, WeightFile]]  # precision → component → file; empty for a bundle of engines only
     tokenizer: Artefact | None
     source: str  # name of the checkpoint; for people
+
+    def stages(self, target: Target, network: str) -> tuple[StageSpec, ...]:
+        """A network's stages as one of the targets runs them."""
+        return stages_in_precision(
+            network_stages(self.variant, network),
+            target.precisions[network],
+            num_blocks=network_blocks(self.variant, network),
+            wide=self.fp8_wide,
+        )
 
     def artefacts(self) -> tuple[Artefact, ...]:
         """Every file the manifest names."""

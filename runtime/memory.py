@@ -1,6 +1,6 @@
 """Device memory as a budget: what a generation needs, component by component, and the peak that follows, before anything is allocated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runtime.errors import DeviceMemoryError, RequestError
@@ -9,8 +9,8 @@ from runtime.residency import NUM_SLOTS, Ledger, Residency, Unit, choose_residen
 LIBRARY_BYTES = 192 << 20
 """Room for what the libraries of a target work in: 64 MiB are cuBLASLt's, cuDNN asks for its own once it runs."""
 SMALL_BYTES = 16 << 20
-"""Room for arrays below a MiB, which no layout counts: at most 11.3 MiB at once in a rehearsal of VAE 2.1 with frames or tiles of 192
-pixels, 4.2 MiB in one of the text encoder, 1.4 MiB in one of the 14B's transformer."""
+"""The least room for arrays below a MiB: at most 11.3 MiB at once in a rehearsal of VAE 2.1 with frames or tiles of 192 pixels, 4.2 MiB in
+one of the text encoder, 1.4 MiB in one of the 14B's transformer. Narrow models have their text keys and values among them, and need more."""
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -20,6 +20,8 @@ class Layout:
 
     nbytes: int
     large_bytes: int | None
+    small_bytes: int = 0
+    """What its small arrays take, which lie elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Need:
 
     @property
     def work_bytes(self) -> int:
-        return self.layout.nbytes + SMALL_BYTES
+        return self.layout.nbytes + max(SMALL_BYTES, self.layout.small_bytes)
 
     @property
     def weight_bytes(self) -> int:
@@ -156,6 +158,13 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is no size of memory", hint=f"a number and a unit, as in 12GiB; units: {', '.join(_UNITS)}"
         )
     return int(value * _UNITS[unit])
+
+
+def scratch_text(stages: Mapping[str, int]) -> str:
+    """Scratch memory of a target's stages at their largest size, for people."""
+    most_first = sorted(stages.items(), key=lambda stage: -stage[1])
+    named = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in most_first if nbytes >= 2**20)
+    return f"{gib(max(stages.values(), default=0))}, which all stages share{': ' if named else ''}{named}"
 
 
 def gib(nbytes: int) -> str:

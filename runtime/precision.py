@@ -5,6 +5,7 @@ Stages are declared in float32 (`runtime.stages`); a target that computes in bf1
 products of the blocks, W8A8: each row of such a weight, [out, in], has a scale, and so has each token.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from runtime.specs import Axis, DType, Precision, StageSpec, TensorSpec
@@ -12,6 +13,31 @@ from runtime.specs import Axis, DType, Precision, StageSpec, TensorSpec
 CHANNEL_MULTIPLE = 8
 FP8_MAX = 448.0
 """Largest E4M3 number; a row's scale maps its largest magnitude there."""
+_WIDE_SUFFIX = "_wide"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WideParts:
+    """What of an fp8 network is bf16 all the same: its first and its last blocks, and products in all blocks.
+
+    Products are named as their weights are, less `.weight`: `self_attn.qkv`.
+    """
+
+    first_blocks: int = 0
+    last_blocks: int = 0
+    products: tuple[str, ...] = ()
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The wide ones of so many blocks."""
+        return tuple(i for i in range(num_blocks) if i < self.first_blocks or i >= num_blocks - self.last_blocks)
+
+    def __str__(self) -> str:
+        ends = {"first": self.first_blocks, "last": self.last_blocks}
+        return ", ".join((*(f"{end}:{count}" for end, count in ends.items() if count), *self.products))
+
+
+FP8_WIDE = WideParts()
+"""What stays wide when nothing is asked for: nothing (decision 10 says what would change that)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +113,48 @@ _RULES = {
 }
 
 
-def in_precision(stage: StageSpec, precision: Precision) -> StageSpec:
+def stages_in_precision(
+    stages: Iterable[StageSpec], precision: Precision, *, num_blocks: int, wide: WideParts = FP8_WIDE
+) -> tuple[StageSpec, ...]:
+    """A network's stages as a target of this precision runs them: in fp8 those of wide blocks are stages of their own.
+
+    Raises:
+        ValueError: as `in_precision`.
+    """
+    found: list[StageSpec] = []
+    for stage in stages:
+        narrow = in_precision(stage, precision, wide_products=wide.products)
+        blocks = wide.blocks(num_blocks) if precision is Precision.FP8 and stage.per_block else ()
+        other = in_precision(stage, attention_precision(precision)) if blocks else narrow
+        if other == narrow:
+            found.append(narrow)
+            continue
+        narrow_blocks = tuple(i for i in range(num_blocks) if i not in blocks)
+        found += [replace(narrow, blocks=narrow_blocks), replace(other, name=wide_name(stage.name), blocks=blocks)]
+    return tuple(found)
+
+
+def wide_name(stage: str) -> str:
+    """Name of the stage that does in the wide blocks what `stage` does in the others."""
+    return f"{stage}{_WIDE_SUFFIX}"
+
+
+def find_wide_fault(wide: WideParts, stages: Iterable[StageSpec], *, num_blocks: int) -> str | None:
+    """Why a network of these stages, in float32, cannot keep those parts wide; None when it can."""
+    if min(wide.first_blocks, wide.last_blocks) < 0 or wide.first_blocks + wide.last_blocks >= max(num_blocks, 1):
+        return f"{wide.first_blocks} first and {wide.last_blocks} last of {num_blocks} blocks: one at least must be fp8"
+    narrow = [weight for stage in stages for weight in in_precision(stage, Precision.FP8).weights]
+    products = dict.fromkeys(weight.name.removesuffix(".weight") for weight in narrow if weight.dtype is DType.F8_E4M3)
+    if unknown := [name for name in wide.products if name not in products]:
+        return f"product {unknown[0]!r}: fp8 has {', '.join(products) or 'none'}"
+    return None
+
+
+def in_precision(stage: StageSpec, precision: Precision, *, wide_products: Sequence[str] = ()) -> StageSpec:
     """The stage as a target of this precision runs it.
+
+    Args:
+        wide_products: what of an fp8 stage stays bf16; see `WideParts`.
 
     Raises:
         ValueError: no rule for this stage or precision.
@@ -100,11 +166,16 @@ def in_precision(stage: StageSpec, precision: Precision) -> StageSpec:
         raise ValueError(f"{stage.name} has no {precision}")
     narrow = _NARROW[precision]
     fp8 = precision is Precision.FP8 and stage.name in rules.fp8_stages
+    wide_weights = {f"{product}.weight" for product in wide_products}
     return replace(
         stage,
         inputs=tuple(_activation(tensor, rules, narrow) for tensor in stage.inputs),
         outputs=tuple(_activation(tensor, rules, narrow) for tensor in stage.outputs),
-        weights=tuple(tensor for weight in stage.weights for tensor in _weight(weight, rules, narrow, fp8=fp8)),
+        weights=tuple(
+            tensor
+            for weight in stage.weights
+            for tensor in _weight(weight, rules, narrow, fp8=fp8 and weight.name not in wide_weights)
+        ),
     )
 
 

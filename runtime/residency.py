@@ -64,7 +64,7 @@ def weight_units(stages: Iterable[StageSpec], *, num_blocks: int) -> tuple[Unit,
     groups: dict[tuple[int, int | None], dict[str, tuple[tuple[int, ...], DType]]] = {}
     singles: list[tuple[int, dict[str, tuple[tuple[int, ...], DType]]]] = []
     for stage in stages:
-        for block in range(num_blocks) if stage.per_block else (None,):
+        for block in stage.places(num_blocks):
             named = {
                 stage.weight_name(weight.name, block): (tuple(int(axis) for axis in weight.shape), weight.dtype)
                 for weight in stage.weights
@@ -128,7 +128,8 @@ def choose_residency(units: Sequence[Unit], room: int) -> Residency:
         if left < 0 or not candidates:
             continue
         same = [i for i in candidates if i in steps] or candidates
-        count = min(len(same), left // max(sizes[i] for i in same))
+        fits = (count for count in range(len(same), 0, -1) if sum(sizes[i] for i in _spread(same, count)) <= left)
+        count = next(fits, 0)
         chosen = frozenset(kept) | frozenset(_spread(same, count))
         return Residency(resident=chosen, resident_bytes=sum(sizes[i] for i in chosen), slot_bytes=slot)
     raise ValueError(f"{room} bytes are less than the {least_bytes(units)} these weights need")

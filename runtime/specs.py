@@ -62,12 +62,20 @@ class StageSpec:
     outputs: tuple[TensorSpec, ...]
     per_block: bool = False
     """The same engine runs once per block, each time with the weights of `blocks.{i}.`."""
+    blocks: tuple[int, ...] | None = None
+    """Of a per-block stage: the blocks it runs for, where another stage does the same for the others; None: all."""
     per_prompt: bool = False
     """Runs before the first step, once per prompt, image or timestep: of all weights, its are the last worth keeping on a device."""
 
     def weight_name(self, weight: str, block: int | None) -> str:
         """Name of `weight` inside the component's safetensors file."""
         return f"blocks.{block}.{weight}" if self.per_block else weight
+
+    def places(self, num_blocks: int) -> Sequence[int | None]:
+        """What it runs for in a network of so many blocks: their numbers, or None for the network as a whole."""
+        if not self.per_block:
+            return (None,)
+        return range(num_blocks) if self.blocks is None else self.blocks
 
     @property
     def network(self) -> str:

@@ -61,7 +61,7 @@ class WeightFile:
     def __init__(self, path: Path, stages: Iterable[StageSpec], *, num_blocks: int) -> None:
         self._tensors = map_safetensors(path)
         for stage in stages:
-            for block in range(num_blocks) if stage.per_block else (None,):
+            for block in stage.places(num_blocks):
                 for weight in stage.weights:
                     name = stage.weight_name(weight.name, block)
                     found = self._tensors.get(name)

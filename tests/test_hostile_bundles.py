@@ -160,6 +160,8 @@ def set_default(**values: Any) -> Callable[[Manifest], None]:
         (lambda manifest: manifest.update(conventions="mine"), "conventions: expected one of"),
         (lambda manifest: manifest.update(targets={}), "holds no target"),
         (lambda manifest: manifest["targets"]["cpu"]["precisions"].pop("vae"), "target cpu: states the precision of"),
+        (lambda manifest: manifest["fp8_wide"].update(last_blocks=2**40), "fp8_wide: 0 first and .* one at least must be fp8"),
+        (lambda manifest: manifest["fp8_wide"].update(products=["\x1b[2J"]), "fp8_wide: product '.x1b.2J'"),
         (lambda manifest: manifest["variant"].update(name="\x1b[2Jwan"), "is not a name"),
         (lambda manifest: manifest["variant"].update(experts=[]), "experts must be named"),
         (lambda manifest: manifest["variant"]["experts"].append(manifest["variant"]["experts"][0]), "each once"),

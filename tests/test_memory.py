@@ -14,7 +14,7 @@ from runtime.backends.cuda.rehearsal import rehearse
 from runtime.bundle import open_bundle
 from runtime.component import Component
 from runtime.errors import DeviceMemoryError, RequestError
-from runtime.memory import Layout, Need, parse_bytes, plan_memory
+from runtime.memory import SMALL_BYTES, Layout, Need, parse_bytes, plan_memory
 from runtime.needs import generation_needs
 from runtime.opening import choose_target
 from runtime.request import GenerateRequest
@@ -151,6 +151,20 @@ def test_the_least_room_is_what_cannot_stream_and_two_slots() -> None:
     assert least_bytes(UNITS) == 5 * PAGE_BYTES
     with pytest.raises(ValueError, match="less than the"):
         choose_residency(UNITS, 5 * PAGE_BYTES - 1)
+
+
+def test_small_arrays_are_counted_where_there_are_many() -> None:
+    """The text keys of a narrow model: each below a MiB, and all of them there at once."""
+
+    def drive(component: Component) -> None:
+        kept = [component.backend.to_device(np.zeros((512, 512), np.uint16)) for _ in range(60)]
+        del kept
+
+    layout = rehearse((), {}, drive, attention=Precision.BF16)
+    assert (layout.nbytes, layout.small_bytes) == (0, 30 << 20)
+    counted = replace(need("transformer", 1), layout=layout)
+    assert counted.work_bytes == 30 << 20
+    assert replace(counted, layout=replace(layout, small_bytes=1)).work_bytes == SMALL_BYTES
 
 
 def need(component: str, count: int, *, work: int = 0, network: str = "transformer") -> Need:

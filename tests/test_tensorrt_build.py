@@ -6,20 +6,24 @@ What an engine consists of is read from its builder's log; no engine is executed
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import onnx
+import onnx.inliner
 import pytest
 
+from engines.precision import functions, rules
+from engines.precision.functions import SCALED_ATTENTION
+from engines.precision.rules import Computes
 from engines.precision.typed import typed_graph
 from engines.profiles import DEFAULT_SIZES, stage_profile
 from engines.targets.tensorrt.build import BuiltEngine, build_engine, build_engines
-from engines.targets.tensorrt.library import RTX, TENSORRT, Session
+from engines.targets.tensorrt.library import RTX, Session
 from engines.targets.tensorrt.network import make_network
 from runtime.backends.engine_file import engine_for, read_header
-from runtime.errors import BuildError
 from runtime.precision import in_precision
-from runtime.specs import Precision
+from runtime.specs import FUNCTION_DOMAIN, Precision
 from runtime.variants import TransformerArch, Variant
 from tests.typed_toys import TOY, stage_of, traced
 
@@ -37,16 +41,18 @@ def built(
     variant: Variant = WIDE_HEADS,
     *,
     fp8_attention: bool = False,
+    wide_products: tuple[str, ...] = (),
 ) -> BuiltEngine:
     stage = stage_of(variant, name)
-    return build_engine(
-        Session(RTX),
-        traced(variant, name),
-        in_precision(stage, precision),
-        architectures=architectures,
-        profile=stage_profile(stage, variant, DEFAULT_SIZES),
-        fp8_attention=fp8_attention,
-    )
+    with Session(RTX) as session:
+        return build_engine(
+            session,
+            traced(variant, name),
+            in_precision(stage, precision, wide_products=wide_products),
+            architectures=architectures,
+            profile=stage_profile(stage, variant, DEFAULT_SIZES),
+            fp8_attention=fp8_attention,
+        )
 
 
 def kernels(engine: BuiltEngine) -> list[str]:
@@ -56,7 +62,8 @@ def kernels(engine: BuiltEngine) -> list[str]:
 
 @pytest.fixture
 def session() -> Iterator[Session]:
-    yield Session(RTX)
+    with Session(RTX) as opened:
+        yield opened
 
 
 @has_rtx
@@ -151,7 +158,7 @@ def test_a_file_of_engines_says_what_it_is_and_gives_each_architecture_its_own()
     file = memoryview(build_engines(RTX, graph, narrow, architectures=("sm_75", "sm_89", "sm_120"), profile=profile))
     header = read_header(file)
     assert (header.stage, header.library, header.profile) == ("transformer.embed", "tensorrt-rtx", profile)
-    assert header.library_version == Session(RTX).version
+    assert header.library_version == version("tensorrt-rtx")
     assert [part.architectures for part in header.parts] == [("sm_75",), ("sm_89", "sm_120")]
     turing, later = engine_for(file, "sm_75"), engine_for(file, "sm_120")
     assert turing is not None and later is not None and engine_for(file, "sm_90") is None
@@ -169,26 +176,48 @@ def test_the_same_stage_becomes_the_same_engine() -> None:
 
 
 @has_rtx
-def test_what_the_library_refuses_names_the_stage_and_has_its_last_lines() -> None:
-    with pytest.raises(
-        BuildError, match=r"transformer\.block_out: tensorrt_rtx built no engine for sm_75:\n.*fp8_e4m3"
-    ) as caught:
-        built("transformer.block_out", Precision.FP8, ("sm_75",))
-    assert caught.value.hint
+def test_products_that_are_not_in_fp8_any_more_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rescaled = """x_rescaled = CastLike (scaled, x_restored)
+            product_narrow = MatMul (x_rescaled,"""  # the operand before it was rounded
+    body = functions.BODIES["LinearFp8"]
+    monkeypatch.setitem(functions.BODIES, "LinearFp8", body.replace("product_narrow = MatMul (x_restored,", rescaled))
+    assert not any(layer.is_fp8_product for layer in built.__wrapped__("transformer.block_in", Precision.FP8).layers)
 
 
 @has_rtx
-def test_what_the_parser_refuses_names_the_operator() -> None:
-    stage = in_precision(stage_of(TOY, "transformer.embed"), Precision.BF16)
-    graph = onnx.ModelProto()
-    graph.CopyFrom(typed_graph(traced(TOY, stage.name), stage))
-    graph.graph.node.append(onnx.helper.make_node("StringNormalizer", ["patches"], ["text"]))
-    with pytest.raises(BuildError, match=r"transformer\.embed: the parser refused .*StringNormalizer"):
-        make_network(Session(RTX), graph, stage)
+def test_epilogues_that_are_lost_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules._RULES, (FUNCTION_DOMAIN, "GatedResidual"), Computes.WIDE_STREAM)  # added in float32
+    layers = built.__wrapped__("transformer.block_out", Precision.BF16).layers
+    assert sum(layer.kind == "runtime_fusion" for layer in layers) < 4
 
 
-@pytest.mark.skipif(find_spec(TENSORRT.module) is not None, reason="tensorrt is installed")
-def test_a_library_that_is_not_installed_is_named_with_the_remedy() -> None:
-    with pytest.raises(BuildError, match="target tensorrt is built with tensorrt, which is not installed") as caught:
-        Session(TENSORRT)
-    assert caught.value.hint == '`pip install "wanrt[tensorrt,export]"`'
+@has_rtx
+def test_attention_that_is_spelled_out_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spelled_out = """key_columns = Transpose <perm = [0, 1, 3, 2]> (key_b)
+            scores = MatMul (query_b, key_columns)
+            squares = Mul (scores, scores)
+            weights = Softmax <axis = -1> (squares)
+            y_b = MatMul (weights, value_b)"""
+
+    def inline_all(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, list[object]]:
+        inlined = onnx.inliner.inline_local_functions(graph)
+        for node in inlined.graph.node:
+            node.name = node.output[0]
+        return inlined, []
+
+    body = functions.BODIES[SCALED_ATTENTION]
+    fused = "y_b = Attention <scale = 1.0> (query_b, key_b, value_b)"
+    assert fused in body
+    monkeypatch.setitem(functions.BODIES, SCALED_ATTENTION, body.replace(fused, spelled_out))
+    monkeypatch.setattr("engines.targets.tensorrt.network._hold_attention", inline_all)
+    layers = built.__wrapped__("transformer.block_out", Precision.BF16).layers
+    assert not any(layer.is_fused_attention for layer in layers)
+    assert len([layer for layer in layers if layer.is_large]) > 11
+
+
+@has_rtx
+def test_products_kept_wide_are_bf16_in_an_fp8_engine() -> None:
+    before = built("transformer.block_in", Precision.FP8, wide_products=("self_attn.qkv",))
+    after = built("transformer.block_out", Precision.FP8, wide_products=("ffn.2",))
+    assert [sum(layer.is_fp8_product for layer in engine.layers) for engine in (before, after)] == [0, 4]
+    assert kernels(before) == kernels(built("transformer.block_in", Precision.BF16))

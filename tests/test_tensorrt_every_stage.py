@@ -47,15 +47,16 @@ def distinct_stages() -> list[tuple[Variant, StageSpec]]:
     "variant, stage", distinct_stages(), ids=lambda case: case.name if isinstance(case, StageSpec | Variant) else ""
 )
 def test_a_stage_builds_in_every_precision_for_every_architecture(variant: Variant, stage: StageSpec) -> None:
-    session, graph = Session(RTX), stage_graph(variant, stage)
-    for precision in PLAN.networks[stage.network].precisions:
-        for group in groups(RTX, architectures(PLAN, (), precision)):
-            check_engine(session, graph, variant, stage, precision, group)
-    if is_self_attention(stage):
-        profile = stage_profile(stage, variant, DEFAULT_SIZES)
-        narrow, group = in_precision(stage, Precision.FP8), architectures(PLAN, (), Precision.FP8)
-        built = build_engine(session, graph, narrow, architectures=group, profile=profile, fp8_attention=True)
-        assert sum(layer.is_fused_attention for layer in built.layers) == 1
+    graph = stage_graph(variant, stage)
+    with Session(RTX) as session:
+        for precision in PLAN.networks[stage.network].precisions:
+            for group in groups(RTX, architectures(PLAN, (), precision)):
+                check_engine(session, graph, variant, stage, precision, group)
+        if is_self_attention(stage):
+            profile = stage_profile(stage, variant, DEFAULT_SIZES)
+            narrow, group = in_precision(stage, Precision.FP8), architectures(PLAN, (), Precision.FP8)
+            built = build_engine(session, graph, narrow, architectures=group, profile=profile, fp8_attention=True)
+            assert sum(layer.is_fused_attention for layer in built.layers) == 1
 
 
 def check_engine(

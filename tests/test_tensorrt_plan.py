@@ -14,6 +14,7 @@ from engines.targets.tensorrt.library import RTX
 from export.builder import Builder, BuildRequest
 from export.pack import PackedTensor, write_weights
 from runtime.backends.engine_file import EngineHeader, EnginePart, Extent, engine_for, pack_engines, read_header
+from runtime.backends.tensorrt.library import RTX as RUNS_ON
 from runtime.errors import BundleError, ExportError, RequestError
 from runtime.geometry import MAX_FRAMES, MAX_SIDE, SizeRange, VideoSize
 from runtime.manifest import Target
@@ -25,6 +26,10 @@ from tests.typed_toys import TOY, stage_of, traced
 
 has_rtx = pytest.mark.skipif(find_spec(RTX.module) is None, reason="tensorrt-rtx is not installed")
 SMALL = SizeRange(smallest=VideoSize(width=16, height=16, num_frames=1), largest=VideoSize(width=64, height=32, num_frames=5))
+
+
+def test_what_is_built_for_is_what_the_runtime_runs_on() -> None:
+    assert set(TARGETS["rtx"].architectures) == set(RUNS_ON.architectures)
 
 
 def test_architectures_are_those_that_have_the_precision() -> None:
@@ -98,7 +103,7 @@ def test_a_weight_beyond_fp16_is_refused_and_not_made_infinite(tmp_path: Path) -
 
 @has_rtx
 def test_engines_are_kept_until_their_sizes_or_architectures_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.builder.networks", lambda variant: ("transformer",))
+    monkeypatch.setattr("export.builder.network_precisions", lambda *_: {"transformer": Precision.BF16})
     monkeypatch.setattr("export.graphs.stage_graph", lambda variant, stage: traced(variant, stage.name))
     request = BuildRequest(out=tmp_path, checkpoint=None, targets=("rtx",), sizes=SMALL, architectures=("sm_89",))
 

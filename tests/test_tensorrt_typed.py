@@ -145,6 +145,28 @@ def test_the_stream_of_hidden_states_keeps_its_type_between_residuals() -> None:
     assert {types_of(text)[node.output[0]] for node in calls(text, "Add")} == {TensorProto.FLOAT}
 
 
+def test_a_traced_cast_has_the_type_it_casts_to_and_whole_numbers_stay_whole() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(traced(TOY, "transformer.embed"))
+    product = model.graph.node[-1]
+    product.output[0] = "product"
+    model.graph.node.extend(
+        [
+            helper.make_node("Cast", ["product"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("Concat", ["rows", "columns"], ["shape"], axis=0),
+            helper.make_node("Reshape", ["wide", "shape"], ["hidden_states"]),
+        ]
+    )
+    extents = {"rows": -1, "columns": TOY.transformer.dim}
+    model.graph.initializer.extend(helper.make_tensor(name, TensorProto.INT64, (1,), [n]) for name, n in extents.items())
+    found = typed_graph(model, in_precision(stage_of(TOY, "transformer.embed"), Precision.BF16))
+    onnx.checker.check_model(found, full_check=True)
+    types = types_of(found)
+    assert (types["wide"], types["shape"], types["hidden_states"]) == (
+        TensorProto.FLOAT, TensorProto.INT64, TensorProto.BFLOAT16,
+    )  # fmt: skip
+
+
 def test_an_operator_without_a_rule_is_refused_by_name() -> None:
     model = onnx.ModelProto()
     model.CopyFrom(traced(TOY, "transformer.embed"))

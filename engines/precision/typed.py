@@ -100,7 +100,8 @@ class _Typing:
                 self._residual(node, *inputs)
             case _:
                 floats = [self._types[name] for name in inputs if name and self._types[name] in _FLOATS]
-                inside = {Computes.AS_GIVEN: _widest(floats), Computes.NARROW: self._narrow}.get(rule, TensorProto.FLOAT)
+                given = _widest(floats) if floats else self._types[inputs[0]]
+                inside = {Computes.AS_GIVEN: given, Computes.NARROW: self._narrow}.get(rule, TensorProto.FLOAT)
                 self._emit(node, inputs, inside)
                 if rule is Computes.WIDE_STREAM:
                     self._round(node.output[0], floats[0])
@@ -184,6 +185,8 @@ class _Typing:
 
     def _append(self, node: onnx.NodeProto, result: int) -> None:
         self._nodes.append(node)
+        if node.op_type == "Cast":
+            (result,) = (attribute.i for attribute in node.attribute if attribute.name == "to")
         self._types |= {name: self._whole.get(name, result) for name in node.output}
 
     def _cast(self, name: str, wanted: int) -> str:
@@ -219,6 +222,7 @@ class _Typing:
             if missing := _extent(tensor.shape[axis]) - _extent(self._shapes[tensor.name][0]):
                 margins = [0] * (2 * axis + 1) + [missing]
                 name = self._insert("Pad", [name, self._integers(margins)], "padded")
+        assert name not in self._outputs, f"{self._stage.name}: {self._outputs[name]} and {tensor.name} are one value"
         self._outputs[name] = tensor.name
 
     def _slice(self, name: str, *, axis: int, given: Axis, stop: Axis) -> str:
@@ -265,7 +269,7 @@ class _Typing:
 
 
 def _widest(types: Sequence[int]) -> int:
-    return TensorProto.FLOAT if not types or TensorProto.FLOAT in types else types[0]
+    return TensorProto.FLOAT if TensorProto.FLOAT in types else types[0]
 
 
 def _value(tensor: TensorSpec) -> onnx.ValueInfoProto:

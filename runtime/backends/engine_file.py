@@ -2,9 +2,14 @@
 
 One engine serves several GPU architectures where that costs none of them a fusion; those it would cost have one of their own. What a
 machine needs to know before it reads weights (library, version, architectures, sizes) is in the header.
+
+The header is data, from whomever it comes. An engine is code: reading a stranger's is running a stranger's program, says NVIDIA
+(https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/security.html).
 """
 
+import mmap
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import BundleError
 from runtime.strict_json import decode, encode
@@ -74,7 +79,41 @@ def read_header(data: memoryview) -> EngineHeader:
     held = len(data) - _LENGTH_BYTES - length
     if any(part.bytes < 1 for part in header.parts) or sum(part.bytes for part in header.parts) != held:
         raise BundleError(f"{header.stage}: {held} bytes of engines do not match their header", hint="build it again")
+    if flaw := _flaw(header):
+        raise BundleError(f"{header.stage}: the header of its engines has {flaw}", hint="build it again")
     return header
+
+
+def _flaw(header: EngineHeader) -> str | None:
+    """What no build writes into a header."""
+    forms = [(name, part.fp8_attention) for part in header.parts for name in part.architectures]
+    if not header.parts or not all(part.architectures for part in header.parts):
+        return "no engine, or one for no architecture"
+    if len(set(forms)) < len(forms):
+        return "two engines for one architecture"
+    if any(part.context_bytes < 0 for part in header.parts):
+        return "negative scratch memory"
+    for name, extent in header.profile.items():
+        if not 1 <= extent.smallest <= extent.usual <= extent.largest:
+            return f"no order in the extents of {name}: {extent.smallest}, {extent.usual}, {extent.largest}"
+    return None
+
+
+def scratch_bytes(file: Path) -> int:
+    """Scratch memory of a file's most demanding engine at the largest shapes of its profile; reads its header alone.
+
+    Raises:
+        BundleError: as `read_header`, or the file cannot be read.
+    """
+    try:
+        with (
+            file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            return max(part.context_bytes for part in read_header(data).parts)
+    except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
+        raise BundleError(f"{file.name}: cannot be read: {exc}", hint="copy the bundle again or rebuild it") from exc
 
 
 def engine_for(data: memoryview, architecture: str, *, fp8_attention: bool = False) -> tuple[EnginePart, memoryview] | None:

@@ -181,6 +181,7 @@ class TransformerLowering(Lowering):
             return
         outer = next((c for c in self.consumers[node.output[0]] if c.op_type == "Linear"), None)
         in_pieces = node.op_type == "LinearGelu" and not isinstance(rows, int)
+        in_pieces &= outer is None or self.dtypes[outer.input[1]] is self.dtypes[weight]  # one of the two may be kept wide
         if in_pieces and outer is not None and int(self.shapes[outer.input[1]][0]) >= _WIDE:
             self._feed_forward(node, outer)
             return

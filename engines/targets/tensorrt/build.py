@@ -41,18 +41,19 @@ def build_engines(
     Raises:
         BuildError: the library is not there, or refused; with the stage and the last lines of its log.
     """
-    session = Session(library)
-    built = [
-        build_engine(session, graph, stage, architectures=group, profile=profile, fp8_attention=fp8)
-        for group, fp8 in _forms(library, stage, architectures)
-    ]
+    with Session(library) as session:
+        version = session.version
+        built = [
+            build_engine(session, graph, stage, architectures=group, profile=profile, fp8_attention=fp8)
+            for group, fp8 in _forms(library, stage, architectures)
+        ]
     for engine in built:
         names, needs = " ".join(engine.part.architectures), engine.part.context_bytes / 2**30
         log.info("%s for %s: at most %.2f GiB of scratch memory, %d kernels", stage.name, names, needs, len(engine.layers))
     header = EngineHeader(
         stage=stage.name,
         library=library.distribution,
-        library_version=session.version,
+        library_version=version,
         profile=profile,
         parts=tuple(engine.part for engine in built),
     )
@@ -72,7 +73,8 @@ def build_engine(
     session.last_lines.clear()
     network = make_network(session, typed_graph(graph, stage, fp8_attention=fp8_attention), stage)
     config = _config(session, architectures)
-    config.add_optimization_profile(_profile(session, stage, profile))
+    if config.add_optimization_profile(_profile(session, stage, profile)) < 0:
+        raise session.refused(f"{stage.name}: {session.library.module} does not take the extents {profile}")
     record = BuildLog()
     session.listeners.append(record)
     try:
@@ -85,7 +87,7 @@ def build_engine(
     part = EnginePart(
         architectures=tuple(architectures),
         bytes=len(engine),
-        context_bytes=record.context_bytes,
+        context_bytes=_context_bytes(session, stage, engine, record),
         fp8_attention=fp8_attention,
     )
     return BuiltEngine(part=part, data=engine, layers=tuple(record.layers))
@@ -106,6 +108,16 @@ def _forms(library: Library, stage: StageSpec, architectures: Sequence[str]) -> 
         able = tuple(name for name in group if has_precision(name, Precision.FP8))
         if able and is_self_attention(stage) and all(tensor.dtype is DType.BF16 for tensor in stage.inputs):
             yield able, True
+
+
+def _context_bytes(session: Session, stage: StageSpec, engine: bytes, record: BuildLog) -> int:
+    """Scratch memory for the largest shapes, as the log said; else as the engine says once loaded, which takes its GPU."""
+    if record.context_bytes is not None:
+        return record.context_bytes
+    loaded = session.trt.Runtime(session.logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise session.refused(f"{stage.name}: {session.library.module} did not say how much scratch memory its engine needs")
+    return int(loaded.device_memory_size_v2)
 
 
 def _config(session: Session, architectures: Sequence[str]) -> Any:

@@ -55,11 +55,12 @@ class BuildLog:
     """Listens to the log of one build of one profile: its kernels, and the scratch memory that the largest shapes need."""
 
     layers: list[BuiltLayer] = field(default_factory=list)
-    context_bytes: int = 0
+    context_bytes: int | None = None
+    """None as long as the log has not said it."""
 
     def __call__(self, text: str) -> None:
         if found := _CONTEXT.match(text):
-            self.context_bytes = int(found[1])
+            self.context_bytes = max(self.context_bytes or 0, int(found[1]))
         elif text.startswith("Layers:"):
             self.layers.extend(_read_layers(text))
 

@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from runtime.errors import BuildError, EngineError
 from runtime.specs import Precision
@@ -43,7 +44,10 @@ def has_precision(architecture: str, precision: Precision) -> bool:
 
 
 class Session:
-    """A library that was imported, its log bridged into `logging` and its builder open."""
+    """A library that was imported, its log bridged into `logging` and its builder open. Use with `with`.
+
+    The library knows one log at a time: what a second session builds while another is open is told to the first.
+    """
 
     def __init__(self, library: Library) -> None:
         """Import the library and open its builder.
@@ -63,6 +67,14 @@ class Session:
             self.builder = self.trt.Builder(self.logger)
         except (TypeError, RuntimeError) as exc:  # pybind11's way to say that the factory gave nothing
             raise self.refused(f"{library.module} {self.trt.__version__} does not start", hint=_start_hint(library)) from exc
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Give the builder up, and with it the log."""
+        self.constants.clear()
+        del self.builder
 
     @property
     def version(self) -> str:

@@ -90,11 +90,7 @@ def _put_attention(session: Session, network: Any, place: _Held) -> None:
         scales = (place.query_scale, 1.0, 1.0)
         operands = [_through_fp8(session, network, *pair) for pair in zip(operands, scales, strict=True)]
     by_head = [_by_head(trt, network, tensor, place.heads, width) for tensor in operands]
-    softmax = trt.AttentionNormalizationOp.SOFTMAX
-    if hasattr(network, "add_attention_v2"):
-        attention = network.add_attention_v2(*by_head, softmax, trt.CausalMaskKind.NONE)
-    else:  # TensorRT before it took the kind of a mask
-        attention = network.add_attention(*by_head, softmax, False)
+    attention = network.add_attention_v2(*by_head, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE)
     attention.name = place.result
     attention.decomposable = width not in (_FUSED_HEADS if place.query_scale is None else _FUSED_HEADS_FP8)
     if place.query_scale is not None:
