@@ -1,9 +1,11 @@
 # Everything people and CI run. `make demo` and `make test` need nothing but Python 3.11 or later; they make .venv themselves.
-# Variables: PYTHON (interpreter for .venv), VENV (where it goes), PYTEST_ARGS (for `make test`).
+# Variables: PYTHON (interpreter for .venv), VENV (where it goes), PYTEST_ARGS (for `make test…`), GPU_EXTRAS (for `make test-gpu`:
+# the targets to install; `tensorrt`, for cards that TensorRT-RTX does not take, brings several GB).
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+GPU_EXTRAS ?= cuda,rtx
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # The first interpreter that is recent enough; named only when .venv has to be made.
@@ -14,7 +16,7 @@ DEMO_PROMPT := A red fox runs through fresh snow, cinematic light
 DEMO_SIZE := 256x160
 DEMO_FRAMES := 33
 
-.PHONY: help demo test test-engines check format clean
+.PHONY: help demo test test-engines test-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -31,6 +33,9 @@ test: $(VENV)/.installed-dev  ## all tests
 
 test-engines: $(VENV)/.installed-dev  ## every TensorRT engine there is: all stages, variants, precisions and architectures
 	$(BIN)/python -m pytest -m engines $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-gpu-$(GPU_EXTRAS)  ## what this machine's NVIDIA GPU runs: each target's tests, and a verdict
+	$(BIN)/python -m pytest -p tests.gpu.verdict tests/gpu tests/test_backend_contract.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## lint, format and types, without changing a file
 	$(BIN)/ruff check .
@@ -57,3 +62,7 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable '.[cpu,export,dev]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-gpu-$(GPU_EXTRAS): $(VENV)/.installed-dev
+	$(PIP_INSTALL) --editable '.[cpu,export,dev,$(GPU_EXTRAS)]'
+	@touch $@

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_engines(arguments: argparse.Namespace) -> None:
     """`wanrt build-engines`: a checkpoint becomes a bundle."""
     from export.build import BuildEvent, BuildRequest, build_bundle
+    from runtime.memory import scratch_text
     from runtime.specs import Precision
 
     checkpoint = _checkpoint(arguments)
@@ -65,6 +66,7 @@ def build_engines(arguments: argparse.Namespace) -> None:
             precision=Precision(arguments.precision) if arguments.precision else None,
             sizes=_size_range(arguments.size, arguments.frames),
             architectures=tuple(dict.fromkeys(arguments.arch or ())),
+            fp8_wide=_wide_parts(arguments.wide),
         ),
         on_event=show,
     )
@@ -78,6 +80,8 @@ def build_engines(arguments: argparse.Namespace) -> None:
         f"{summary.variant}: engines {_size(summary.engine_bytes)}, weights {_size(summary.weight_bytes)}, "
         f"{summary.num_built} built, {summary.num_reused} kept, {summary.seconds:.1f} s{peak}"
     )
+    for target, stages in summary.scratch_bytes.items():
+        _say(f"{target}: scratch memory for its largest shapes {scratch_text(stages)}")
     _result(str(summary.bundle))
 
 
@@ -120,6 +124,30 @@ def inspect(arguments: argparse.Namespace) -> None:
     _result("\n".join([*inspection.lines(), *(["hashes      all match"] if arguments.verify else [])]))
 
 
+def verify(arguments: argparse.Namespace) -> None:
+    """`wanrt verify`: two targets compared stage by stage on the same inputs."""
+    from engines.verification.verify import VerifyRequest, verify
+
+    verification = verify(
+        VerifyRequest(
+            bundle=arguments.bundle,
+            target=arguments.target,
+            against=arguments.against,
+            stages=tuple(dict.fromkeys(arguments.stage or ())),
+            size=_video_size(arguments),
+            seed=arguments.seed,
+            num_threads=arguments.threads,
+        ),
+        on_component=lambda name: _say(f"compared {name}", quiet=arguments.json),
+    )
+    _result(json.dumps(asdict(verification)) if arguments.json else "\n".join(verification.lines()))
+    if parting := verification.parting:
+        raise WanError(
+            f"{len(parting)} of {len(verification.verdicts)} tensors part, the first: {parting[0].where}, {parting[0].tensor}",
+            hint="a stage gets what the first target's gave, so the stage itself is at fault, or its weights",
+        )
+
+
 def benchmark(arguments: argparse.Namespace) -> None:
     """`wanrt benchmark`: this runtime and its peers on the same work."""
     result = {"toy": _toy_benchmark, "quality": _quality_benchmark}.get(arguments.suite, _gpu_benchmark)(arguments)
@@ -154,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path)
     command.add_argument("--verify", action="store_true", help="read every file and check its hash")
     command.add_argument("--vram", metavar="SIZE", help="device memory to plan the default generation for, such as 12GiB")
+    _add_verify(commands.add_parser("verify", parents=[common], help=verify.__doc__))
     _add_benchmark(commands.add_parser("benchmark", parents=[common], help=benchmark.__doc__))
     return parser
 
@@ -169,6 +198,12 @@ def _add_build_engines(command: argparse.ArgumentParser) -> None:
     command.add_argument("--variant", help="detected from the checkpoint when left out")
     command.add_argument("--target", action="append", metavar="TARGET", help="may be given several times (default: cpu)")
     command.add_argument("--precision", choices=["fp32", "fp16", "bf16", "fp8"], help="the target's default when left out")
+    command.add_argument(
+        "--wide",
+        action="append",
+        metavar="PART",
+        help="what stays bf16 in fp8: first:N or last:N blocks, or a product such as self_attn.qkv in all; may be given several times",
+    )
     command.add_argument(
         "--arch", action="append", metavar="ARCH", help="GPU architecture such as sm_90; may be given several times"
     )
@@ -222,6 +257,22 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="device memory to use, such as 12GiB (default: what is free, less 1 GiB); blocks beyond it stream",
     )
     command.add_argument("--attention", choices=["bf16", "fp8"], help="precision of self-attention (default: the target's)")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 lets the library choose")
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=verify)
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--target", help="what to verify (default: the best that runs here)")
+    command.add_argument(
+        "--against",
+        metavar="BUNDLE|TARGET",
+        help="what to compare with: another target of the bundle, or a bundle of the same checkpoint (default: cpu)",
+    )
+    command.add_argument("--stage", action="append", help="a stage or a network; may be given several times (default: all)")
+    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the video (default: as small as the engines take)")
+    command.add_argument("--frames", type=int, help="with --size (default: 5)")
+    command.add_argument("--seed", type=int, default=0)
     command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 lets the library choose")
 
 
@@ -404,6 +455,37 @@ def _size_range(size: str | None, frames: str | None) -> Any:
         smallest=VideoSize(width=low[0], height=low[1], num_frames=few),
         largest=VideoSize(width=high[0], height=high[1], num_frames=many),
     )
+
+
+def _wide_parts(parts: list[str] | None) -> Any:
+    """`--wide` as WideParts: `first:N`, `last:N` and names of products."""
+    from runtime.precision import FP8_WIDE, WideParts
+
+    if parts is None:
+        return FP8_WIDE
+    ends = {"first": 0, "last": 0}
+    products: dict[str, None] = {}
+    for part in parts:
+        end, colon, count = part.partition(":")
+        if not colon:
+            products[part] = None
+        elif end in ends:
+            ends[end] = _integer(count, "--wide")
+        else:
+            raise RequestError(f"--wide {part}: blocks are counted from first or last", hint="for example --wide first:1")
+    return WideParts(first_blocks=ends["first"], last_blocks=ends["last"], products=tuple(products))
+
+
+def _video_size(arguments: argparse.Namespace) -> Any:
+    """`--size` and `--frames` of verify as a VideoSize; None when both are left out."""
+    from runtime.geometry import VideoSize
+
+    if arguments.size is None and arguments.frames is not None:
+        raise RequestError("--frames: needs --size", hint="for example --size 128x128 --frames 5")
+    if arguments.size is None:
+        return None
+    width, height = _width_height(arguments.size)
+    return VideoSize(width=width, height=height, num_frames=5 if arguments.frames is None else arguments.frames)
 
 
 def _ends(text: str) -> tuple[str, str]:

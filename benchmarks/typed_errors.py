@@ -1,62 +1,87 @@
-"""Errors of the strongly typed graphs by stage and precision, and of whole toy generations, all on the CPU.
+"""Errors of the strongly typed graphs on a CPU: stage by stage at toy and at true widths, and of whole toy generations.
 
-    python -m benchmarks.typed_errors [--out FILE]
+    python -m benchmarks.typed_errors [--out FILE] [--threads N]
 
-Stages run on the inputs of a toy generation of the `cpu` target, whose float32 engines are within 2.4e-6 of the modules they are traced
-from. What is compared with them is the same graph in each precision, weights and inputs rounded, as the target `emulated` runs it.
-`tests/tolerances.py` says how much of an error is allowed.
+Stages are compared with their float32 modules (`benchmarks.typed_stages`), generations of the target `emulated` with those of `cpu`.
+All weights are random: no outliers, no peaked attention, nothing that training makes.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+import export.graphs
 from benchmarks.machine import machine, versions
 from benchmarks.result_file import result_file, write_json
+from benchmarks.toy_checkpoint import KINDS, Layout, write_toy_checkpoint
+from benchmarks.typed_stages import FORMS, network_errors, toy_of, what_decides
+from engines.verification.measure import relative_error
 from export.build import BuildRequest, build_bundle
-from runtime.backends import RUNTIME_TARGETS
-from runtime.bundle import open_bundle
-from runtime.comparing import ComparingOpener
-from runtime.geometry import Float32
-from runtime.opening import choose_target
+from runtime.geometry import Float32, VideoSize
 from runtime.pipeline import Frames, VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.specs import Precision
+from runtime.stages import network_stages, networks
+from runtime.variants import VARIANTS, Variant
 
 PRECISIONS = (Precision.BF16, Precision.FP16, Precision.FP8)
-_PACKAGES = ("onnxruntime", "onnx", "torch", "numpy", "diffusers", "transformers")
+SEED = 0
+TOY_SIZE = VideoSize(width=96, height=96, num_frames=9)
+TRUE_SIZE, TRUE_TILE = VideoSize(width=128, height=128, num_frames=5), 4
+"""True widths on few tokens, and on a tile of so many latent positions a side."""
+GENERATIONS = {
+    "t2v, two experts": (replace(KINDS["t2v"], experts=2), VideoSize(width=64, height=48, num_frames=9), False),
+    "i2v": (KINDS["i2v"], VideoSize(width=64, height=48, num_frames=9), True),
+    "ti2v": (KINDS["ti2v"], VideoSize(width=64, height=64, num_frames=9), True),
+}
+"""Toy, size, and whether it is given an image."""
+NUM_STEPS = 8
+_PACKAGES = ("onnxruntime", "onnx", "torch", "numpy")
+
+
+def stage_table(variants: Iterable[Variant], size: VideoSize, *, tile: int | None, num_threads: int) -> list[dict[str, Any]]:
+    """Every distinct stage of the variants with its errors; inputs that stages measured before would make are drawn."""
+    rows: dict[Hashable, dict[str, Any]] = {}
+    for variant in variants:
+        for network in networks(variant):
+            new: dict[str, dict[str, Any]] = {}
+            for stage in network_stages(variant, network):
+                key = what_decides(variant, stage)
+                if key not in rows:
+                    rows[key] = new[stage.name] = {"stage": stage.name, "variants": []}
+                rows[key]["variants"].append(variant.name)
+            started = time.perf_counter()
+            errors = network_errors(variant, network, size, tile=tile, seed=SEED, num_threads=num_threads, only=new)
+            for name, row in new.items():
+                row["errors"] = errors[name]
+            seconds = time.perf_counter() - started
+            print(f"{variant.name} at {size}, {network}: {len(new)} stages, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return list(rows.values())
 
 
 def build_toy(checkpoint: Path, folder: Path) -> dict[Precision, Path]:
     """A bundle with the targets `cpu` and `emulated` for each precision."""
     bundles = {precision: folder / precision for precision in PRECISIONS}
-    for precision, out in bundles.items():
-        build_bundle(BuildRequest(out=out, checkpoint=checkpoint, targets=("cpu", "emulated"), precision=precision))
+    with patch.object(export.graphs, "stage_graph", cache(export.graphs.stage_graph)):  # a graph serves all precisions
+        for precision, out in bundles.items():
+            build_bundle(BuildRequest(out=out, checkpoint=checkpoint, targets=("cpu", "emulated"), precision=precision))
     return bundles
-
-
-def stage_errors(bundle: Path, request: GenerateRequest) -> dict[str, float]:
-    """The relative error of every result of every stage that a generation runs, by `stage/tensor`: its worst run's."""
-    opened = open_bundle(bundle)
-    cpu = next(target for target in RUNTIME_TARGETS if target.name == "cpu")
-    other = choose_target(opened, target="emulated", num_threads=1)
-    opener = ComparingOpener(opened, cpu, other, num_threads=1)
-    with VideoPipeline(opened, opener) as pipeline:
-        pipeline.generate(request)
-    return {f"{error.stage}/{error.tensor}": error.greatest for error in opener.errors}
 
 
 def generation_errors(bundle: Path, request: GenerateRequest) -> dict[str, Any]:
     """How far a whole generation in the narrow precision is from the float32 one: latents after each step, and frames."""
     (expected, expected_frames), (found, frames) = (_generate(bundle, request, target) for target in ("cpu", "emulated"))
-    pairs = zip(found, expected, strict=True)
     return {
-        "latents_after_each_step": [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs],
+        "latents_after_each_step": [relative_error(a, b) for a, b in zip(found, expected, strict=True)],
         "psnr_db": psnr(frames, expected_frames),
     }
 
@@ -74,43 +99,62 @@ def _generate(bundle: Path, request: GenerateRequest, target: str) -> tuple[list
     return steps, video.frames
 
 
-def measure() -> dict[str, Any]:
-    """Stage errors of a text-to-video and an image-to-video toy, and their whole generations, in each precision."""
-    from tests.toys import IMAGE_TOY, TEXT_IMAGE_TOY, TOY, make_diffusers_checkpoint
-
-    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-    still = {"image": image, "width": 64, "height": 48}
-    toys: dict[str, tuple[Any, dict[str, Any]]] = {
-        "t2v": (TOY, {"width": 64, "height": 48}),
-        "i2v": (IMAGE_TOY, still),
-        "ti2v": (TEXT_IMAGE_TOY, {**still, "width": 64, "height": 64}),
-    }
-    result: dict[str, Any] = {"stages": {}, "generations": {}}
-    for name, (config, given) in toys.items():
+def generation_table() -> dict[str, dict[str, Any]]:
+    """The toys' whole generations in each precision."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (model, size, takes_image) in GENERATIONS.items():
+        image = np.random.default_rng(SEED).integers(0, 256, (size.height, size.width, 3), np.uint8)
+        request = GenerateRequest(
+            prompt="a red fox runs",
+            negative_prompt="slow",
+            image=image if takes_image else None,
+            width=size.width,
+            height=size.height,
+            num_frames=size.num_frames,
+            num_steps=NUM_STEPS,
+            seed=SEED,
+        )
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = make_diffusers_checkpoint(Path(folder) / "checkpoint", config=config, seed=1)
-            request = GenerateRequest(
-                prompt="a red panda runs on snow", negative_prompt="slow dog", num_frames=9, num_steps=8, seed=42, **given
-            )
-            for precision, bundle in build_toy(checkpoint, Path(folder)).items():
-                result["stages"].setdefault(name, {})[precision] = stage_errors(bundle, request)
-                result["generations"].setdefault(name, {})[precision] = generation_errors(bundle, request)
-    return result
+            write_toy_checkpoint(Path(folder) / "checkpoint", model, layout=Layout.DIFFUSERS)
+            for precision, bundle in build_toy(Path(folder) / "checkpoint", Path(folder)).items():
+                found.setdefault(name, {})[precision] = generation_errors(bundle, request)
+        print(f"generations of {name}: done", file=sys.stderr, flush=True)
+    return found
+
+
+def measure(*, num_threads: int) -> dict[str, Any]:
+    """The whole result."""
+    toys = [toy_of(variant) for variant in VARIANTS.values()]
+    return {
+        "schema_version": 1,
+        "seed": SEED,
+        "sizes": {"toy": str(TOY_SIZE), "true": str(TRUE_SIZE), "true_tile": TRUE_TILE},
+        "generations": generation_table(),
+        "stages": {
+            "toy": stage_table(toys, TOY_SIZE, tile=None, num_threads=num_threads),
+            "true": stage_table(VARIANTS.values(), TRUE_SIZE, tile=TRUE_TILE, num_threads=num_threads),
+        },
+    }
 
 
 def table(result: dict[str, Any]) -> str:
-    """The stage errors as markdown: of each stage's results in all toys, the greatest."""
-    lines = [f"| stage | {' | '.join(PRECISIONS)} |", "|---|---|---|---|"]
-    greatest: dict[str, dict[str, float]] = {}
-    for by_precision in result["stages"].values():
-        for precision, errors in by_precision.items():
-            for name, error in errors.items():
-                row = greatest.setdefault(name.partition("/")[0], {})
-                row[precision] = max(error, row.get(precision, 0.0))
-    lines += [f"| {stage} | {' | '.join(f'{row[name]:.1e}' for name in PRECISIONS)} |" for stage, row in greatest.items()]
-    lines += ["", f"| generation | {' | '.join(PRECISIONS)} |", "|---|---|---|---|"]
-    for toy, found in result["generations"].items():
-        cells = [f"{max(found[name]['latents_after_each_step']):.1e}, {found[name]['psnr_db']:.1f} dB" for name in PRECISIONS]
+    """The result as markdown: of each stage the greatest error over variants and tensors, toy and true; and the generations."""
+    forms = [form.name for form in FORMS]
+    lines = [f"| stage, toy / true widths | {' | '.join(forms)} |", "|---" * (len(forms) + 1) + "|"]
+    greatest: dict[str, dict[tuple[str, str], float]] = {}
+    for width, rows in result["stages"].items():
+        for row in rows:
+            found = greatest.setdefault(row["stage"], {})
+            for form, error in (pair for errors in row["errors"].values() for pair in errors.items()):
+                found[width, form] = max(error, found.get((width, form), 0.0))
+    for stage, errors in greatest.items():
+        cells = [" / ".join(f"{errors[w, form]:.1e}" for w in result["stages"] if (w, form) in errors) for form in forms]
+        lines.append(f"| `{stage}` | {' | '.join(cells)} |")
+    lines += ["", f"| generation: latents after the last step, frames | {' | '.join(PRECISIONS)} |", "|---|---|---|---|"]
+    for toy, by_precision in result["generations"].items():
+        cells = [
+            f"{by_precision[p]['latents_after_each_step'][-1]:.1e}, {by_precision[p]['psnr_db']:.1f} dB" for p in PRECISIONS
+        ]
         lines.append(f"| {toy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -119,9 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.typed_errors", description="Errors of typed graphs on the CPU.")
     parser.add_argument("--out", type=Path, help="JSON file or folder (default: benchmarks/results)")
+    parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args(arguments)
-    out, result = result_file(asked.out, "typed-errors"), measure()
-    write_json(out, {"machine": machine(), "versions": versions(_PACKAGES), **result})
+    out = result_file(asked.out, "typed-errors")
+    result = {"machine": machine(), "versions": versions(_PACKAGES), **measure(num_threads=asked.threads)}
+    write_json(out, result)
     print(table(result))
     return 0
 

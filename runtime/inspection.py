@@ -11,18 +11,19 @@ from runtime.backends import RUNTIME_TARGETS, RuntimeTarget
 from runtime.bundle import Bundle, check_hash, open_bundle
 from runtime.errors import DeviceMemoryError, RequestError
 from runtime.manifest import Manifest, Target
-from runtime.memory import LIBRARY_BYTES, gib, plan_memory
+from runtime.memory import LIBRARY_BYTES, gib, plan_memory, scratch_text
 from runtime.needs import generation_needs
-from runtime.opening import Opener
+from runtime.opening import Opener, find_obstacle
 from runtime.request import GenerateRequest
 from runtime.resolving import resolve_request
+from runtime.specs import Precision
 from runtime.stages import network_components
 from runtime.variants import Presence, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetInspection:
-    """One target of a bundle. `obstacle` says why this machine cannot run it, None when it can; `note` what to know then."""
+    """One target of a bundle. `obstacle` says why this machine cannot run it, None when it can; `note` what to know of it."""
 
     name: str
     precision: str
@@ -33,6 +34,8 @@ class TargetInspection:
     obstacle: str | None
     note: str
     memory: str | None  # what the default generation takes of the device's memory; None where it has none of its own
+    wide: str  # what of its fp8 is bf16; empty for nothing
+    scratch_bytes: dict[str, int]  # by stage, at the largest size; empty where engines have no scratch memory of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,13 @@ class Inspection:
         ]
         rows += list(self.architecture.items()) + list(self.defaults.items())
         for target in self.targets:
-            state = f"runs here{target.note}" if target.obstacle is None else f"does not run here: {target.obstacle}"
+            state = "runs here" if target.obstacle is None else f"does not run here: {target.obstacle}"
+            state += f"; {target.note}" if target.note else ""
             size = f"{target.num_engines} engines, {target.engine_bytes / 1e6:.2f} MB"
-            rows.append((f"target {target.name}", f"{target.precision}, sizes {target.sizes}, {size}; {state}"))
+            precision = f"{target.precision} (bf16: {target.wide})" if target.wide else target.precision
+            rows.append((f"target {target.name}", f"{precision}, sizes {target.sizes}, {size}; {state}"))
+            if target.scratch_bytes:
+                rows.append(("scratch memory", f"for the largest shapes {scratch_text(target.scratch_bytes)}"))
             if target.memory is not None:
                 rows.append(("device memory", target.memory))
         rows += [("weights", f"{name}  {size / 1e6:.1f} MB") for name, size in self.weight_bytes.items()]
@@ -83,20 +90,7 @@ def inspect_bundle(folder: Path, *, vram: int | None = None) -> Inspection:
     bundle = open_bundle(folder)
     manifest, variant = bundle.manifest, bundle.manifest.variant
     known = {target.name: target for target in RUNTIME_TARGETS}
-    targets = tuple(
-        TargetInspection(
-            name=name,
-            precision=target.precision,
-            sizes=str(target.sizes) if target.sizes else "any",
-            num_engines=len(target.engines),
-            engine_bytes=sum(file.bytes for file in target.files()),
-            tool_versions=target.tool_versions,
-            obstacle=known[name].obstacle() if name in known else "this version of wanrt cannot run it",
-            note=_memory_note(manifest, target),
-            memory=_device_memory(bundle, known[name], vram) if name in known else None,
-        )
-        for name, target in manifest.targets.items()
-    )
+    targets = tuple(_inspect_target(bundle, name, target, known.get(name), vram) for name, target in manifest.targets.items())
     if vram is not None and all(target.memory is None for target in targets):
         raise RequestError("--vram: no target of this bundle has device memory of its own", hint="leave it out")
     weights = {
@@ -125,6 +119,36 @@ def inspect_bundle(folder: Path, *, vram: int | None = None) -> Inspection:
     )
 
 
+def _inspect_target(
+    bundle: Bundle, name: str, target: Target, runtime_target: RuntimeTarget | None, vram: int | None
+) -> TargetInspection:
+    if runtime_target is None:
+        obstacle: str | None = "this version of wanrt cannot run it"
+        notes = []
+    else:
+        obstacle = find_obstacle(bundle, runtime_target)
+        notes = [runtime_target.note, _memory_note(bundle.manifest, target) if obstacle is None else ""]
+    return TargetInspection(
+        name=name,
+        precision=target.precision,
+        sizes=str(target.sizes) if target.sizes else "any",
+        num_engines=len(target.engines),
+        engine_bytes=sum(file.bytes for file in target.files()),
+        tool_versions=target.tool_versions,
+        obstacle=obstacle,
+        note="; ".join(filter(None, notes)),
+        memory=None if runtime_target is None else _device_memory(bundle, runtime_target, vram),
+        wide=str(bundle.manifest.fp8_wide) if target.precision is Precision.FP8 else "",
+        scratch_bytes=_scratch_bytes(bundle, target, runtime_target),
+    )
+
+
+def _scratch_bytes(bundle: Bundle, target: Target, runtime_target: RuntimeTarget | None) -> dict[str, int]:
+    if runtime_target is None or runtime_target.scratch_bytes is None:
+        return {}
+    return {stage: runtime_target.scratch_bytes(bundle.file(engine)) for stage, engine in target.engines.items()}
+
+
 def _image_architecture(variant: Variant) -> dict[str, str]:
     """What concerns images and videos: the image encoder, and what a request may or must bring."""
     encoder, takes = variant.image_encoder, variant.conditioning
@@ -149,7 +173,7 @@ def _memory_note(manifest: Manifest, target: Target) -> str:
         return ""
     if max(sizes, default=0) <= memory:
         return ""
-    return f", but slowly: {max(sizes) / 1e9:.1f} GB of weights do not fit its memory of {memory / 1e9:.1f} GB"
+    return f"slowly: {max(sizes) / 1e9:.1f} GB of weights do not fit its memory of {memory / 1e9:.1f} GB"
 
 
 def _device_memory(bundle: Bundle, target: RuntimeTarget, vram: int | None) -> str | None:
@@ -165,7 +189,10 @@ def _device_memory(bundle: Bundle, target: RuntimeTarget, vram: int | None) -> s
         last_image=blank if takes.last_image is Presence.REQUIRED else None,
     )
     opener = Opener(bundle, target, reason="inspected", num_threads=0)
-    job = resolve_request(request, bundle.manifest, sizes=None, attention=opener.attention)
+    try:
+        job = resolve_request(request, bundle.manifest, sizes=opener.target.sizes, attention=opener.attention)
+    except RequestError as error:  # the default size is not among those the engines were built for
+        return error.message
     needs = generation_needs(opener, job, target.rehearse)
     least = LIBRARY_BYTES + max(need.within(0).least_bytes for need in needs)  # in as many strips as there can be
     whole = LIBRARY_BYTES + sum(need.weight_bytes for need in needs) + max(need.work_bytes for need in needs)

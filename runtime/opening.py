@@ -10,9 +10,8 @@ from runtime.bundle import Bundle, check_hash
 from runtime.component import Component
 from runtime.errors import BundleError, EngineError, RequestError
 from runtime.manifest import Artefact, Target
-from runtime.precision import attention_precision, in_precision
 from runtime.specs import Precision, StageSpec
-from runtime.stages import network_blocks, network_components, network_stages, networks
+from runtime.stages import network_blocks, network_components, networks
 
 _MAX_THREADS = 1024
 
@@ -32,7 +31,8 @@ class Opener:
         self.reason = reason
         self.target: Target = bundle.manifest.targets[runtime_target.name]
         self._runtime_target = runtime_target
-        self._options = BackendOptions(num_threads=num_threads, read_kernels=self._read_kernels, vram=vram)
+        cache = cache_folder(bundle.folder)
+        self._options = BackendOptions(num_threads=num_threads, read_kernels=self._read_kernels, vram=vram, cache=cache)
         self._session: Session | None = None
 
     @property
@@ -49,12 +49,15 @@ class Opener:
     @property
     def attention(self) -> tuple[Precision, ...]:
         """Precisions that self-attention can be asked for, the default first."""
-        return self._runtime_target.attention or (attention_precision(self.target.precision),)
+        return self._runtime_target.attention(self.target.precision)
 
     @property
     def rehearse(self) -> Rehearse | None:
-        """Counts the device memory of some work; None where the device has no memory of its own."""
-        return self._runtime_target.rehearse
+        """Counts the device memory of some work, on the target's device; None where the device has no memory of its own."""
+        rehearse = self._runtime_target.rehearse
+        if rehearse is None:
+            return None
+        return lambda stages, files, drive, attention: rehearse(stages, files, drive, attention, self.session)
 
     def close(self) -> None:
         """Release the device and everything on it."""
@@ -83,8 +86,7 @@ class Opener:
 
     def stages(self, network: str) -> tuple[StageSpec, ...]:
         """A network's stages in the precision of this target."""
-        precision = self.target.precisions[network]
-        return tuple(in_precision(stage, precision) for stage in network_stages(self.bundle.manifest.variant, network))
+        return self.bundle.manifest.stages(self.target, network)
 
     def engine_files(self, network: str) -> dict[str, Path]:
         """Engine file of each of a network's stages, their hashes compared.
@@ -116,7 +118,7 @@ class Opener:
         if self.bundle.manifest.tokenizer is None:
             raise _no_weights(self.bundle, "without a tokenizer")
         for network in networks(variant):
-            for stage in network_stages(variant, network):
+            for stage in self.stages(network):
                 self._engine(stage.name)
             for component in network_components(variant, network):
                 self._weight_file(network, component)
@@ -161,7 +163,7 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0, v
     for candidate in RUNTIME_TARGETS:
         if candidate.name not in built or target not in (None, candidate.name):
             continue
-        obstacle = candidate.obstacle()
+        obstacle = find_obstacle(bundle, candidate)
         if obstacle is None:
             reason = "asked for" if target else f"the best of {', '.join(built)} that runs here"
             reason += f"; {candidate.note}" if candidate.note else ""
@@ -176,6 +178,22 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0, v
         f"{bundle.folder}: this machine runs none of its targets: {'; '.join(obstacles) or ', '.join(built)}",
         hint="remove the obstacle, or rebuild the bundle with a --target that runs here",
     )
+
+
+def find_obstacle(bundle: Bundle, runtime_target: RuntimeTarget) -> str | None:
+    """Why this machine cannot run a target of a bundle; None when it can. No weight is read for it.
+
+    Raises:
+        BundleError: an engine is missing or damaged.
+    """
+    engines = bundle.manifest.targets[runtime_target.name].engines.values()
+    return runtime_target.obstacle() or runtime_target.engine_obstacle([bundle.file(engine) for engine in engines])
+
+
+def cache_folder(bundle: Path) -> Path:
+    """Where what a target compiles on this machine is kept: beside the bundle, not in it, since a bundle may be a stranger's."""
+    whole = bundle.resolve()
+    return whole.with_name(whole.name + ".runtime-cache")
 
 
 def _no_weights(bundle: Bundle, state: str) -> BundleError:

@@ -1,10 +1,12 @@
 """What is costly to make, made once a session: toy checkpoints with their bundles. And the command line as a user meets it."""
 
+import os
 import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,9 @@ import pytest
 
 import cli
 from export.build import BuildRequest, build_bundle
+from runtime.geometry import SizeRange, VideoSize
+from runtime.specs import Precision, StageSpec
+from runtime.variants import Variant
 
 RUN = ("--prompt", "a cat runs", "--size", "16x16", "--frames", "1", "--steps", "2", "--seed", "1", "--threads", "1")
 """The smallest run of a toy with two experts."""
@@ -63,7 +68,8 @@ def make_toy(folder: Path, *, engines_of: Toy | None = None, **options: Any) -> 
 def one_expert(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     from tests.toys import TOY
 
-    return make_toy(tmp_path_factory.mktemp("one"), config=TOY, seed=1, scheduler="unipc", flow_shift=3.0)
+    with traced_once():
+        return make_toy(tmp_path_factory.mktemp("one"), config=TOY, seed=1, scheduler="unipc", flow_shift=3.0)
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +77,59 @@ def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     from tests.toys import NARROW_TOY
 
     return make_toy(tmp_path_factory.mktemp("two"), config=NARROW_TOY, seed=2, experts=2, scheduler="unipc", flow_shift=5.0)
+
+
+@pytest.fixture(scope="session")
+def typed_toy(one_expert: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
+    """A toy's bundle in each narrow precision, with the targets `cpu`, `emulated` and `rtx`, this one with a double's engines."""
+    from tests.fake_machine import building
+
+    folder = tmp_path_factory.mktemp("typed")
+    sizes = SizeRange(
+        smallest=VideoSize(width=16, height=16, num_frames=1), largest=VideoSize(width=64, height=64, num_frames=9)
+    )
+    bundles = {precision: folder / precision for precision in (Precision.BF16, Precision.FP16, Precision.FP8)}
+    with traced_once(), building():
+        for precision, out in bundles.items():
+            request = BuildRequest(out=out, checkpoint=one_expert.folder, precision=precision, sizes=sizes)
+            build_bundle(replace(request, targets=("cpu", "emulated", "rtx")))
+    return bundles
+
+
+@pytest.fixture
+def rtx_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A `tests.fake_machine.Machine`."""
+    from tests.fake_machine import Machine
+
+    return Machine(monkeypatch)
+
+
+@pytest.fixture
+def rtx_bundle(typed_toy: dict[Precision, Path], tmp_path: Path) -> Path:
+    """The bf16 toy of `typed_toy` with a place of its own for a cache beside it."""
+    return Path(shutil.copytree(typed_toy[Precision.BF16], tmp_path / "bundle", copy_function=os.link))
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Every stage of the same numbers is traced once a session."""
+    import export.graphs
+    from runtime.stages import network_arch
+
+    trace = export.graphs.stage_graph
+
+    def kept(variant: Variant, stage: StageSpec) -> Any:
+        key = network_arch(variant, stage.network), stage
+        if key not in _GRAPHS:
+            _GRAPHS[key] = trace(variant, stage)
+        return _GRAPHS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.graphs, "stage_graph", kept)
+        yield
+
+
+_GRAPHS: dict[Any, Any] = {}
 
 
 class Refuses(Protocol):

@@ -1,7 +1,7 @@
 """What every backend must do, whichever library it is: the same tests for each one this machine can execute."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from engines.plan import TARGETS
+from engines.plan import TARGETS, EngineOptions, TargetPlan
 from export.graphs import stage_graph
 from export.modules.transformer import Head
 from runtime.backends import RUNTIME_TARGETS, BackendOptions
 from runtime.backends.base import Backend, Engine
+from runtime.backends.cuda import device
+from runtime.backends.engine_file import Extent
 from runtime.errors import EngineError
 from runtime.geometry import patchify, unpatchify
 from runtime.precision import in_precision
@@ -26,7 +28,7 @@ from tests.tolerances import TOLERANCES
 
 ARCH = TransformerArch(dim=128, ffn_dim=256, num_heads=1, num_layers=1, text_dim=32, freq_dim=32)
 VARIANT = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=ARCH)
-TARGET_NAMES = [target.name for target in RUNTIME_TARGETS]
+TARGETS_AND_DOUBLES = [*(target.name for target in RUNTIME_TARGETS), "rtx on a double of its library"]
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,28 @@ class Opened:
         return self.backend.to_device(host, dtype)
 
 
-@pytest.fixture(scope="module", params=TARGET_NAMES)
+@pytest.fixture(scope="module", params=TARGETS_AND_DOUBLES)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
-    runtime_target = next(target for target in RUNTIME_TARGETS if target.name == request.param)
+    name, _, double = request.param.partition(" ")
+    with ExitStack() as stack:
+        if double:
+            pytest.importorskip("onnxruntime")
+            from tests.fake_machine import on_a_double
+
+            stack.enter_context(on_a_double())
+        yield from _open(name, tmp_path_factory.mktemp(name))
+
+
+def _open(name: str, folder: Path) -> Iterator[Opened]:
+    runtime_target = next(target for target in RUNTIME_TARGETS if target.name == name)
     if obstacle := runtime_target.obstacle():
         pytest.skip(obstacle)
-    plan = TARGETS[request.param]
+    plan = TARGETS[name]
     network = plan.networks["transformer"]
     fp32 = next(stage for stage in network_stages(VARIANT, "transformer") if stage.name == "transformer.head")
     stage = in_precision(fp32, network.precisions[0])
-    file = tmp_path_factory.mktemp(request.param) / f"head{network.suffix}"
-    file.write_bytes(network.build_engine(stage_graph(VARIANT, fp32), stage))
+    file = folder / f"head{network.suffix}"
+    file.write_bytes(network.build_engine(stage_graph(VARIANT, fp32), stage, _options(plan, stage)))
     session = runtime_target.open_session(BackendOptions(num_threads=1, read_kernels=_kernels(plan)))
     with closing(session), session.backend("transformer") as backend:
         engine = backend.open_engine(file, stage)
@@ -141,6 +154,14 @@ def test_an_engine_of_another_stage_is_refused(opened: Opened) -> None:
     other = next(stage for stage in network_stages(VARIANT, "transformer") if stage.name == "transformer.embed")
     with pytest.raises(EngineError):
         opened.backend.open_engine(opened.file, in_precision(other, opened.precision))
+
+
+def _options(plan: TargetPlan, stage: StageSpec) -> EngineOptions:
+    """An engine for this machine's GPU and every number of tokens that is tried, where engines are for some only."""
+    if plan.sizes is None:
+        return EngineOptions()
+    tried = Extent(smallest=1, usual=37, largest=64)
+    return EngineOptions(architectures=(device.find_architecture(),), profile=dict.fromkeys(stage.symbols, tried))
 
 
 def _kernels(plan: Any) -> Callable[[], dict[str, bytes]]:

@@ -38,6 +38,12 @@ def test_ci_says_the_words_people_say() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
+def test_contributing_names_every_target_that_tests() -> None:
+    named = set(re.findall(r"^make ([a-z-]+)", code_blocks((ROOT / "CONTRIBUTING.md").read_text()), re.MULTILINE))
+    assert named <= make_targets()
+    assert {name for name in make_targets() if name.startswith("test")} <= named
+
+
 def test_every_make_target_explains_itself() -> None:
     makefile = (ROOT / "Makefile").read_text()
     explained = set(re.findall(r"^([a-z][a-z-]*):.*## \S", makefile, re.MULTILINE))

@@ -1,16 +1,20 @@
 """The table of targets this runtime can run, best first, and what each needs of the machine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 from runtime.backends.base import Session
+from runtime.backends.engine_file import scratch_bytes
 from runtime.memory import Layout
+from runtime.precision import attention_precision
 from runtime.specs import Precision, StageSpec
 
 if TYPE_CHECKING:  # a component opens backends' engines, so it imports this package
+    from runtime.backends.tensorrt.library import Library
     from runtime.component import Component
 
 
@@ -23,10 +27,26 @@ class BackendOptions:
     """Compiled kernels of the bundle's target, by GPU architecture."""
     vram: int | None = None
     """Bytes of device memory to use; None: what is free, less a margin."""
+    cache: Path | None = None
+    """Folder for what a target compiles on this machine; None to keep nothing."""
 
 
 Rehearse = Callable[[tuple[StageSpec, ...], Mapping[str, Path], Callable[["Component"], object], Precision], Layout]
 """Device memory that work on a network needs besides its weights: its stages, its engine files, the work, attention's precision."""
+
+
+class RehearseOn(Protocol):
+    """A `Rehearse` that may ask the target's own device, in the session given, what its engines take."""
+
+    def __call__(
+        self,
+        stages: tuple[StageSpec, ...],
+        engine_files: Mapping[str, Path],
+        drive: Callable[["Component"], object],
+        attention: Precision,
+        session: Session | None = None,
+        /,
+    ) -> Layout: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,18 +57,31 @@ class RuntimeTarget:
     needs: str
     obstacle: Callable[[], str | None]
     open_session: Callable[[BackendOptions], Session]
-    attention: tuple[Precision, ...] = ()
-    """Precisions that self-attention can be asked for, the default first; empty where the engines decide it."""
+    attention: Callable[[Precision], tuple[Precision, ...]]
+    """Precisions that self-attention can be asked for in a bundle of this precision, the default first."""
+    engine_obstacle: Callable[[Iterable[Path]], str | None] = lambda files: None
+    """Why this machine, which runs the target, cannot run these engine files; None when it can."""
+    rehearse: RehearseOn | None = None
+    """None for a target without device memory of its own."""
     note: str = ""
     """What to know of it even where it runs."""
-    rehearse: Rehearse | None = None
-    """None for a target without device memory of its own."""
+    scratch_bytes: Callable[[Path], int] | None = None
+    """The scratch memory that an engine file asks for at the largest size; None where engines have none of their own."""
 
 
 def _cpu_obstacle() -> str | None:
     if find_spec("onnxruntime") is None:
         return 'ONNX Runtime is not installed; `pip install "wanrt[cpu]"`'
     return None
+
+
+def _attention_as_built(precision: Precision) -> tuple[Precision, ...]:
+    return (attention_precision(precision),)
+
+
+def _attention_as_built_or_fp8(precision: Precision) -> tuple[Precision, ...]:
+    own = attention_precision(precision)
+    return (own, Precision.FP8) if own is Precision.BF16 else (own,)
 
 
 def _open_cpu(options: BackendOptions) -> Session:
@@ -87,11 +120,72 @@ def _open_cuda(options: BackendOptions) -> Session:
 
 
 def _rehearse_cuda(
-    stages: tuple[StageSpec, ...], engines: Mapping[str, Path], drive: Callable[["Component"], object], attention: Precision
+    stages: tuple[StageSpec, ...],
+    engines: Mapping[str, Path],
+    drive: Callable[["Component"], object],
+    attention: Precision,
+    session: Session | None = None,
 ) -> Layout:
     from runtime.backends.cuda.rehearsal import rehearse
 
     return rehearse(stages, engines, drive, attention=attention)
+
+
+def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:
+    """`rtx` and `tensorrt`, which differ in the library."""
+
+    def library() -> "Library":
+        from runtime.backends.tensorrt.library import LIBRARIES
+
+        return LIBRARIES[name]
+
+    def obstacle() -> str | None:
+        from runtime.backends.tensorrt.library import find_obstacle
+
+        return find_obstacle(library())
+
+    def engine_obstacle(files: Iterable[Path]) -> str | None:
+        from runtime.backends.tensorrt.library import find_engine_obstacle
+
+        return find_engine_obstacle(library(), files)
+
+    def open_session(options: BackendOptions) -> Session:
+        from runtime.backends.cuda.copies import CopyStream
+        from runtime.backends.cuda.session import CudaSession
+        from runtime.backends.tensorrt.engine import TensorRtBackend
+
+        backend = TensorRtBackend(library(), cache=options.cache)
+        try:
+            return CudaSession(backend, CopyStream(backend.device), vram=options.vram)
+        except BaseException:
+            backend.close()
+            raise
+
+    def rehearse(
+        stages: tuple[StageSpec, ...],
+        engines: Mapping[str, Path],
+        drive: Callable[["Component"], object],
+        attention: Precision,
+        session: Session | None = None,
+    ) -> Layout:
+        from runtime.backends.tensorrt.engine import TensorRtBackend
+        from runtime.backends.tensorrt.rehearsal import rehearse
+
+        with nullcontext() if session is None else session.backend("rehearsal") as opened:
+            backend = cast(TensorRtBackend | None, opened)
+            return rehearse(library(), stages, engines, drive, attention=attention, opened=backend)
+
+    return RuntimeTarget(
+        name=name,
+        needs=needs,
+        obstacle=obstacle,
+        engine_obstacle=engine_obstacle,
+        open_session=open_session,
+        attention=_attention_as_built_or_fp8,
+        rehearse=rehearse,
+        note="its engines were built, but have never run: this project has no GPU that runs them",
+        scratch_bytes=scratch_bytes,
+    )
 
 
 RUNTIME_TARGETS = (
@@ -100,21 +194,24 @@ RUNTIME_TARGETS = (
         needs="an NVIDIA GPU of sm_80 or later and its driver",
         obstacle=_cuda_obstacle,
         open_session=_open_cuda,
-        attention=(Precision.BF16, Precision.FP8),
+        attention=lambda _: (Precision.BF16, Precision.FP8),
         rehearse=_rehearse_cuda,
     ),
+    _tensorrt_target("tensorrt", "the NVIDIA GPU that its engines were built on, and TensorRT"),
+    _tensorrt_target("rtx", "a GeForce or RTX GPU of sm_75 or later, not sm_90, and TensorRT-RTX"),
     RuntimeTarget(
         name="cpu",
         needs="any CPU, ONNX Runtime",
         obstacle=_cpu_obstacle,
         open_session=_open_cpu,
-        attention=(Precision.FP32,),
+        attention=_attention_as_built,
     ),
     RuntimeTarget(
         name="emulated",
         needs="any CPU, ONNX Runtime, and time",
         obstacle=_cpu_obstacle,
         open_session=_open_emulated,
+        attention=_attention_as_built,
         note="emulates the rounding of narrow types in float32, slowly: to compare with, not to make videos",
     ),
 )

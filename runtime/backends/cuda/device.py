@@ -38,15 +38,7 @@ class Device:
         driver = _driver()
         self._driver = driver
         self._handle = check("cuDeviceGet", driver.cuDeviceGet(ordinal))
-        attribute = driver.CUdevice_attribute
-        major, minor = (
-            check("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(item, self._handle))
-            for item in (
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
-        self.arch: str = f"sm_{major}{minor}"
+        self.arch: str = _architecture(driver, self._handle)
         """Architecture as the compilers spell it, for example `sm_90`."""
         self.name: str = check("cuDeviceGetName", driver.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
         # The primary context is the one that cuBLASLt, cuDNN and ONNX Runtime use too.
@@ -252,6 +244,25 @@ def find_obstacle() -> str | None:
         return error.message
 
 
+def find_architecture(ordinal: int = 0) -> str:
+    """The architecture of a GPU, which is not opened for it.
+
+    Raises:
+        EngineError: there is no such GPU.
+    """
+    driver = _driver()
+    return _architecture(driver, check("cuDeviceGet", driver.cuDeviceGet(ordinal)))
+
+
+def driver_version() -> int:
+    """The newest CUDA that the driver knows, as CUDA counts: 13010 is 13.1.
+
+    Raises:
+        EngineError: there is no driver.
+    """
+    return int(check("cuDriverGetVersion", _driver().cuDriverGetVersion()))
+
+
 def check(call: str, result: tuple[Any, ...]) -> Any:
     """What a call of `cuda.bindings` returned besides its status: nothing, one value, or a tuple.
 
@@ -269,6 +280,18 @@ def check(call: str, result: tuple[Any, ...]) -> Any:
             hint="a device that failed once stays unusable for this process; start again, and see `nvidia-smi` if it repeats",
         )
     return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _architecture(driver: Any, handle: Any) -> str:
+    attribute = driver.CUdevice_attribute
+    major, minor = (
+        check("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(item, handle))
+        for item in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return f"sm_{major}{minor}"
 
 
 def _driver() -> Any:

@@ -6,12 +6,13 @@ What a generation will allocate, and where, is thus known before it runs: the ru
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from runtime.backends.base import Array
+from runtime.backends.base import Array, Backend
 from runtime.backends.cuda.arena import Pools, fit
 from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contiguous
 from runtime.backends.cuda.calls import Calls
@@ -35,7 +36,7 @@ def rehearse(
     *,
     attention: Precision,
 ) -> Layout:
-    """The device memory that `drive` needs besides weights, arrays below a MiB not counted; nothing is computed.
+    """The device memory that `drive` needs besides weights; nothing is computed.
 
     Args:
         drive: does with the opened network what a generation does; the numbers it gets back are zeros.
@@ -43,19 +44,28 @@ def rehearse(
     Raises:
         EngineError: an engine file cannot be opened.
     """
-    with (
-        _RehearsedBackend({}, attention=attention) as backend,
-        Component(backend, stages, engine_files, _Weights(stages, backend.counted)) as component,
-    ):
+    with _RehearsedBackend({}, attention=attention) as backend:
+        return rehearse_on(backend, backend.counted, stages, engine_files, drive)
+
+
+def rehearse_on(
+    backend: Backend,
+    counted: "Counted",
+    stages: tuple[StageSpec, ...],
+    engine_files: Mapping[str, Path],
+    drive: Callable[[Component], object],
+) -> Layout:
+    """`rehearse` on any backend whose device is counted memory."""
+    with Component(backend, stages, engine_files, _Weights(stages, counted)) as component:
         drive(component)
-        layout = fit(backend.counted.changes)
+        layout = replace(fit(counted.changes), small_bytes=counted.small_bytes)
     if log.isEnabledFor(logging.INFO):
-        live = backend.counted.live_at_peak()
+        live = counted.live_at_peak()
         log.info("%s to work in, %s at once: %s", gib(layout.nbytes), gib(sum(nbytes for _, nbytes in live)), _listed(live))
     return layout
 
 
-class _Counted:
+class Counted:
     """Stands in for a `Device`: hands out addresses that nothing lies at."""
 
     arch = name = "rehearsal"
@@ -69,6 +79,10 @@ class _Counted:
         self._stages: list[str] = []  # of each change
         self._pools = Pools(self._take, on_change=self._note)
         self.calls = Calls()
+
+    @property
+    def small_bytes(self) -> int:
+        return self._pools.small_bytes
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> DeviceArray:
         return self._pools.empty(shape, dtype)
@@ -130,7 +144,7 @@ class _Silent:
 
 class _RehearsedBackend(CudaBackend):
     def _open_device(self) -> Device:
-        self.counted = _Counted()
+        self.counted = Counted()
         return cast(Device, self.counted)
 
     def _open_libraries(self, kernels: Mapping[str, bytes]) -> Libraries:
@@ -149,7 +163,7 @@ class _RehearsedBackend(CudaBackend):
 class _Weights:
     """Weights that are nowhere: they are counted apart (`runtime.residency`), but for those that may pass among the arrays."""
 
-    def __init__(self, stages: Sequence[StageSpec], device: _Counted) -> None:
+    def __init__(self, stages: Sequence[StageSpec], device: Counted) -> None:
         self._device = device
         units = weight_units([stage for stage in stages if not stage.per_block], num_blocks=0)
         self._passing = {tensor.name: unit.nbytes for unit in units if unit.passes for tensor in unit.tensors}

@@ -1,4 +1,4 @@
-"""The `cuda` target for as long as a pipeline is open: one device, its libraries, and what stays on it from network to network.
+"""One GPU for as long as a pipeline is open, whichever target runs on it: its libraries, and what stays on it from network to network.
 
 Weights of earlier components stay while nobody needs their room, so a second generation does not load again what still lies there.
 """
@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-from runtime.backends.base import MemoryUse
+from runtime.backends.base import Backend, MemoryUse
 from runtime.backends.cuda.copies import CopyStream, free_host_bytes
-from runtime.backends.cuda.engine import CudaBackend
+from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.loading import Loader, TensorBytes
 from runtime.backends.cuda.streaming import Store, StreamedWeights
 from runtime.errors import DeviceMemoryError
@@ -26,6 +27,17 @@ MARGIN_BYTES = 1 << 30
 _NO_LAYOUT = Layout(nbytes=0, large_bytes=None)
 
 
+class DeviceBackend(Backend, Protocol):
+    """A backend whose arrays lie on a `Device`, on whose one stream everything is queued."""
+
+    device: Device
+    attention: Precision
+
+    def close(self) -> None:
+        """Release the device and everything on it."""
+        ...
+
+
 class CudaSession:
     """One GPU shared by all networks and generations of a pipeline. Use with `close`.
 
@@ -36,7 +48,7 @@ class CudaSession:
 
     def __init__(
         self,
-        backend: CudaBackend,
+        backend: DeviceBackend,
         copies: CopyStream,
         *,
         vram: int | None = None,
@@ -55,7 +67,7 @@ class CudaSession:
         self._loader = Loader(self._copies)
 
     @contextmanager
-    def backend(self, network: str) -> Iterator[CudaBackend]:
+    def backend(self, network: str) -> Iterator[DeviceBackend]:
         """The one backend of all networks."""
         yield self._backend
 
