@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cli
+from commands.console import StepBar
 from runtime.denoise import StepEvent
 from runtime.errors import CancelledError
 from runtime.pipeline import VideoPipeline
@@ -247,7 +247,7 @@ def test_an_interrupt_that_a_library_dropped_still_ends_the_run(
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(cli._StepBar, "step", interrupted_and_dropped)
+    monkeypatch.setattr(StepBar, "step", interrupted_and_dropped)
     status, out, err = command_line("run", bundle, *RUN, "--out", tmp_path / "a.npy")
     assert (status, out) == (130, "")
     assert "cancelled" in err
