@@ -16,7 +16,7 @@ DEMO_PROMPT := A red fox runs through fresh snow, cinematic light
 DEMO_SIZE := 256x160
 DEMO_FRAMES := 33
 
-.PHONY: help demo test test-engines test-gpu check format clean
+.PHONY: help demo test test-engines test-emulated test-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-dev  ## all tests
 
 test-engines: $(VENV)/.installed-dev  ## every TensorRT engine there is: all stages, variants, precisions and architectures
 	$(BIN)/python -m pytest -m engines $(PYTEST_ARGS)
+
+test-emulated: $(VENV)/.installed-dev  ## the GPU tests of the cuda target on an emulated GPU, without NVIDIA's libraries; needs g++
+	$(BIN)/python -m pytest -p tests.emulator.plugin tests/gpu $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-gpu-$(GPU_EXTRAS)  ## what this machine's NVIDIA GPU runs: each target's tests, and a verdict
 	$(BIN)/python -m pytest -p tests.gpu.verdict tests/gpu tests/test_backend_contract.py $(PYTEST_ARGS)

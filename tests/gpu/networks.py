@@ -1,6 +1,6 @@
 """A network of the `cuda` target, built from given weights and opened on the GPU."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,11 +29,17 @@ def open_cuda(
     *,
     precision: Precision = Precision.BF16,
     attention: Precision = Precision.BF16,
+    only: Collection[str] = (),
 ) -> Iterator[Component]:
-    """A network of a variant with the given weights; its files are written to `folder`."""
+    """A network of a variant with the given weights; its files are written to `folder`.
+
+    Args:
+        only: the stages that are built, all of them if empty.
+    """
     from runtime.backends.cuda.engine import CudaBackend
 
-    fp32_stages, num_blocks = network_stages(variant, network), network_blocks(variant, network)
+    fp32_stages = [stage for stage in network_stages(variant, network) if not only or stage.name in only]
+    num_blocks = network_blocks(variant, network)
     stages = [in_precision(stage, precision) for stage in fp32_stages]
     files = {}
     for fp32, stage in zip(fp32_stages, stages, strict=True):

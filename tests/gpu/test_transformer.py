@@ -107,27 +107,9 @@ def test_every_stage_matches_its_fp32_module(
 def test_stages_around_fp8_attention_match_their_fp32_modules(
     tmp_path: Path, precision: Precision, record_property: Any
 ) -> None:
-    variant, weights = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=TOY), random_weights(TOY, seed=3)
-    weights["blocks.1.self_attn.v.bias"] += 2 * torch.randn(
-        TOY.dim, generator=torch.Generator().manual_seed(9)
-    )  # columns with a mean
-    stages = {stage.name: stage for stage in transformer_stages(TOY)}
-    with open_cuda(variant, "transformer", weights, tmp_path, precision=precision, attention=Precision.FP8) as gpu:
-        known: dict[str, Any] = {}  # what the stages gave, by name, on the device
-        for name in ("transformer.block_in", "transformer.attention", "transformer.block_out"):
-            stage = in_precision(stages[name], precision)
-            inputs = {
-                tensor.name: read(gpu, known[tensor.name], tensor.dtype)
-                if tensor.name in known
-                else random_input(tensor, seed=i, tokens=300)
-                for i, tensor in enumerate(stage.inputs)
-            }
-            sent = {t.name: known.get(t.name) or to_device(gpu, inputs[t.name], t.dtype) for t in stage.inputs}
-            known |= gpu.run(name, sent, block=1 if stage.per_block else None)
-            for tensor, theirs in zip(stage.outputs, run_module(stages[name], TOY, weights, inputs), strict=True):
-                error = relative_error(read(gpu, known[tensor.name], tensor.dtype), theirs)
-                record_property(f"{name} {tensor.name} {precision} fp8 attention", error)
-                assert error < TOLERANCES["stage, cuda fp8"], (name, tensor.name, error)
+    for name, error in errors_around_fp8_attention(TOY, tmp_path, precision, tokens=300):
+        record_property(f"{name} {precision} fp8 attention", error)
+        assert error < TOLERANCES["stage, cuda fp8"], (name, error)
 
 
 def test_fp8_attention_stays_near_bf16_attention(tmp_path: Path) -> None:
@@ -152,6 +134,34 @@ def test_same_inputs_give_the_same_bits(networks: tuple[TransformerArch, Compone
     given = conditions(transformer, arch)
     first, second = (transformer.predict(latents, 500, [prompt], **given)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+def errors_around_fp8_attention(
+    arch: TransformerArch, folder: Path, precision: Precision, *, tokens: int
+) -> Iterator[tuple[str, float]]:
+    """Every output from the queries to the block's end, each stage given what the last one gave, against the fp32 modules."""
+    variant, weights = replace(VARIANTS["wan2.1-t2v-1.3b"], transformer=arch), random_weights(arch, seed=3)
+    weights["blocks.1.self_attn.v.bias"] += 2 * torch.randn(
+        arch.dim, generator=torch.Generator().manual_seed(9)
+    )  # columns with a mean
+    names = ("transformer.block_in", "transformer.attention", "transformer.block_out")
+    stages = {stage.name: stage for stage in transformer_stages(arch)}
+    options = {"precision": precision, "attention": Precision.FP8}
+    with open_cuda(variant, "transformer", weights, folder, only=names, **options) as gpu:
+        known: dict[str, Any] = {}  # what the stages gave, by name, on the device
+        for name in names:
+            stage = in_precision(stages[name], precision)
+            inputs = {
+                tensor.name: read(gpu, known[tensor.name], tensor.dtype)
+                if tensor.name in known
+                else random_input(tensor, seed=i, tokens=tokens)
+                for i, tensor in enumerate(stage.inputs)
+            }
+            sent = {t.name: known.get(t.name) or to_device(gpu, inputs[t.name], t.dtype) for t in stage.inputs}
+            known |= gpu.run(name, sent, block=1 if stage.per_block else None)
+            for tensor, theirs in zip(stage.outputs, run_module(stages[name], arch, weights, inputs), strict=True):
+                error = relative_error(read(gpu, known[tensor.name], tensor.dtype), theirs)
+                yield f"{name} {tensor.name}", error
 
 
 def conditions(transformer: Transformer, arch: TransformerArch) -> dict[str, Any]:

@@ -203,10 +203,6 @@ def _describe(graph: Any, problem: _Problem, dtype: Any) -> None:
     out.set_output(True).set_uid(_OUT).set_data_type(dtype).set_dim(described["dim"]).set_stride(described["stride"])
 
 
-def _per_frame(weight: tuple[int, ...]) -> tuple[int, ...]:
-    return weight if len(weight) == 4 else (weight[0], *weight[2:])
-
-
 def _frames(shape: tuple[int, ...], over_time: bool) -> dict[str, list[int]]:
     """Frames as one volume, or as a batch of pictures."""
     return _channels_last((1, *shape) if over_time else shape)

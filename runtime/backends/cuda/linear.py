@@ -85,18 +85,19 @@ class Linear:
         attribute = self._library.MatmulDescAttribute
         pointers = {} if bias is None else {attribute.BIAS_POINTER: bias.pointer}
         alpha, beta = int(self._host_scalars.ctypes.data), int(self._host_scalars.ctypes.data) + 4
-        if x_scale is not None and weight_scale is not None:
-            if problem.scalar_x_scale:
-                alpha, beta = x_scale.pointer, self._device_zero.pointer
-                x_scale = self._ones_of(problem.tokens)
-            pointers |= {attribute.A_SCALE_POINTER: weight_scale.pointer, attribute.B_SCALE_POINTER: x_scale.pointer}
+        row_scale = x_scale  # a name of its own: x_scale must not be given back before the product is queued
+        if problem.scalar_x_scale and x_scale is not None:
+            alpha, beta = x_scale.pointer, self._device_zero.pointer
+            row_scale = self._ones_of(problem.tokens)
+        if row_scale is not None and weight_scale is not None:
+            pointers |= {attribute.A_SCALE_POINTER: weight_scale.pointer, attribute.B_SCALE_POINTER: row_scale.pointer}
         weight_layout, x_layout, out_layout = plan.layouts
         arguments = (
             *(self._handle, plan.operation, alpha, weight.pointer, weight_layout, x.pointer, x_layout, beta),
             *(out.pointer, out_layout, out.pointer, out_layout, plan.algorithm(choice)),
             *(self._workspace.pointer, WORKSPACE_BYTES, self._device.stream),
         )
-        self._device.calls.put(Product(self._library, problem, plan, pointers, arguments, kept=x_scale))
+        self._device.calls.put(Product(self._library, problem, plan, pointers, arguments, kept=row_scale))
 
     def num_choices(
         self,
