@@ -21,7 +21,7 @@ def machine() -> dict[str, str | int]:
         "cpu": _cpu_model(),
         "cores": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": f"{platform.system()} {platform.machine()}",
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engines.profiles import DEFAULT_SIZES
 from engines.targets.tensorrt.library import RTX, TENSORRT, architecture_present, has_precision
-from runtime.backends.engine_file import Profile, scratch_bytes
+from runtime.backends.engine_file import EngineHeader, Profile, read_file_header
 from runtime.errors import RequestError
 from runtime.geometry import SizeRange
 from runtime.specs import Precision, StageSpec
@@ -61,8 +61,8 @@ class TargetPlan:
     """Whether an architecture computes in a precision."""
     sizes: SizeRange | None = None
     """What its engines are built for when nothing is asked for; None: they take any size."""
-    scratch_bytes: Callable[[Path], int] | None = None
-    """The scratch memory that an engine file asks for at the largest size; None where engines have none of their own."""
+    header: Callable[[Path], EngineHeader] | None = None
+    """What an engine file says of itself, such as its scratch memory; None where engines say nothing."""
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -82,7 +82,7 @@ def architectures(plan: TargetPlan, asked: tuple[str, ...], precision: Precision
     """The architectures a target compiles for: of those asked for, or of all, the ones that have the precision.
 
     Raises:
-        RequestError: it has none of those asked for, or the GPU present does not have the precision.
+        RequestError: it has none of those asked for, or one of them or the GPU present does not have the precision.
         BuildError: the GPU present cannot be told.
     """
     known = (plan.find_architecture(),) if plan.find_architecture is not None else plan.architectures
@@ -94,10 +94,13 @@ def architectures(plan: TargetPlan, asked: tuple[str, ...], precision: Precision
             hint="choose another with --precision: fp16 runs everywhere",
         )
     chosen = tuple(name for name in possible if name in asked or not asked)
-    if possible and not chosen:
+    lacking = [name for name in asked if name in known and name not in possible]
+    if lacking or (possible and not chosen):
+        name = (lacking or asked)[0]
+        others = ", ".join(other for other in plan.precisions if name in lacking and plan.has_precision(name, other))
         raise RequestError(
-            f"architecture {asked[0]}: target {plan.name} has {', '.join(possible)} in {wanted}",
-            hint="leave --arch out for all",
+            f"architecture {name}: target {plan.name} has {', '.join(possible)} in {wanted}",
+            hint="leave --arch out for all" + (f"; --precision {others} has {name}" if others else ""),
         )
     return chosen
 
@@ -190,7 +193,7 @@ TARGETS = {
             architectures=tuple(name for group in RTX.architecture_groups for name in group),
             has_precision=has_precision,
             sizes=DEFAULT_SIZES,
-            scratch_bytes=scratch_bytes,
+            header=read_file_header,
         ),
         TargetPlan(
             name="tensorrt",
@@ -199,7 +202,7 @@ TARGETS = {
             find_architecture=partial(architecture_present, TENSORRT),
             has_precision=has_precision,
             sizes=DEFAULT_SIZES,
-            scratch_bytes=scratch_bytes,
+            header=read_file_header,
         ),
     )
 }

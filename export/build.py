@@ -119,9 +119,11 @@ def _build(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
         scratch_bytes={
-            plan.name: {name: plan.scratch_bytes(request.out / file.path) for name, file in targets[plan.name].engines.items()}
+            plan.name: {
+                name: plan.header(request.out / file.path).scratch_bytes for name, file in targets[plan.name].engines.items()
+            }
             for plan in plans
-            if plan.scratch_bytes is not None
+            if plan.header is not None
         },
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.backends import RUNTIME_TARGETS, RuntimeTarget
+from runtime.backends.engine_file import EngineHeader
 from runtime.bundle import Bundle, check_hash, open_bundle
 from runtime.errors import DeviceMemoryError, RequestError
 from runtime.manifest import Manifest, Target
@@ -35,6 +36,7 @@ class TargetInspection:
     note: str
     memory: str | None  # what the default generation takes of the device's memory; None where it has none of its own
     wide: str  # what of its fp8 is bf16; empty for nothing
+    architectures: tuple[str, ...]  # of the GPUs it was built for; empty where that decides nothing
     scratch_bytes: dict[str, int]  # by stage, at the largest size; empty where engines have no scratch memory of their own
 
 
@@ -63,7 +65,8 @@ class Inspection:
             state += f"; {target.note}" if target.note else ""
             size = f"{target.num_engines} engines, {target.engine_bytes / 1e6:.2f} MB"
             precision = f"{target.precision} (bf16: {target.wide})" if target.wide else target.precision
-            rows.append((f"target {target.name}", f"{precision}, sizes {target.sizes}, {size}; {state}"))
+            built_for = f" for {', '.join(target.architectures)}" if target.architectures else ""
+            rows.append((f"target {target.name}", f"{precision}, sizes {target.sizes}, {size}{built_for}; {state}"))
             if target.scratch_bytes:
                 rows.append(("scratch memory", f"for the largest shapes {scratch_text(target.scratch_bytes)}"))
             if target.memory is not None:
@@ -128,6 +131,7 @@ def _inspect_target(
     else:
         obstacle = find_obstacle(bundle, runtime_target)
         notes = [runtime_target.note, _memory_note(bundle.manifest, target) if obstacle is None else ""]
+    headers = _headers(bundle, target, runtime_target)
     return TargetInspection(
         name=name,
         precision=target.precision,
@@ -139,14 +143,16 @@ def _inspect_target(
         note="; ".join(filter(None, notes)),
         memory=None if runtime_target is None else _device_memory(bundle, runtime_target, vram),
         wide=str(bundle.manifest.fp8_wide) if target.precision is Precision.FP8 else "",
-        scratch_bytes=_scratch_bytes(bundle, target, runtime_target),
+        architectures=tuple(target.kernels)
+        or tuple(dict.fromkeys(name for header in headers.values() for name in header.architectures)),
+        scratch_bytes={stage: header.scratch_bytes for stage, header in headers.items()},
     )
 
 
-def _scratch_bytes(bundle: Bundle, target: Target, runtime_target: RuntimeTarget | None) -> dict[str, int]:
-    if runtime_target is None or runtime_target.scratch_bytes is None:
+def _headers(bundle: Bundle, target: Target, runtime_target: RuntimeTarget | None) -> dict[str, EngineHeader]:
+    if runtime_target is None or runtime_target.header is None:
         return {}
-    return {stage: runtime_target.scratch_bytes(bundle.file(engine)) for stage, engine in target.engines.items()}
+    return {stage: runtime_target.header(bundle.file(engine)) for stage, engine in target.engines.items()}
 
 
 def _image_architecture(variant: Variant) -> dict[str, str]:

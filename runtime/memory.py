@@ -161,10 +161,10 @@ def parse_bytes(text: str) -> int:
 
 
 def scratch_text(stages: Mapping[str, int]) -> str:
-    """Scratch memory of a target's stages at their largest size, for people."""
+    """Scratch memory of a target's stages at their largest size, for people: what they share, and who asks for most."""
     most_first = sorted(stages.items(), key=lambda stage: -stage[1])
-    named = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in most_first if nbytes >= 2**20)
-    return f"{gib(max(stages.values(), default=0))}, which all stages share{': ' if named else ''}{named}"
+    named = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in most_first[:3])
+    return f"{gib(max(stages.values(), default=0))}, which all stages share; most: {named}"
 
 
 def gib(nbytes: int) -> str:

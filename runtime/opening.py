@@ -150,7 +150,7 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0, v
 
     Raises:
         RequestError: no such number of threads, or a budget of device memory for a target that has none.
-        EngineError: the bundle lacks the target named, or this machine runs none of those it has; never falls back silently.
+        EngineError: the bundle lacks the target named, or this machine does not run it, or any; never falls back silently.
     """
     if not 0 <= num_threads <= _MAX_THREADS:
         raise RequestError(f"num_threads={num_threads}: need 0 to {_MAX_THREADS}", hint="0 lets the library choose")
@@ -174,6 +174,11 @@ def choose_target(bundle: Bundle, *, target: str | None, num_threads: int = 0, v
                 )
             return Opener(bundle, candidate, reason=reason, num_threads=num_threads, vram=vram)
         obstacles.append(f"{candidate.name}: {obstacle}")
+    if target is not None and obstacles and len(built) > 1:
+        raise EngineError(
+            f"{bundle.folder}: this machine does not run {obstacles[0]}",
+            hint="remove the obstacle, or leave --target out for the best of the others that runs here",
+        )
     raise EngineError(
         f"{bundle.folder}: this machine runs none of its targets: {'; '.join(obstacles) or ', '.join(built)}",
         hint="remove the obstacle, or rebuild the bundle with a --target that runs here",

@@ -79,6 +79,15 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
     EAGER = 1
 
 
+class ProfilingVerbosity(Enum):
+    NONE = 1
+
+
+class TensorLocation(Enum):
+    DEVICE = 0
+    HOST = 1
+
+
 class IRuntimeCache:
     """Counts the shapes compiled; only a blob that it wrote itself is taken."""
 
@@ -137,6 +146,9 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return DataType[self.tensors[name][1]]
 
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        return TensorLocation.DEVICE
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name][2])
 
@@ -150,6 +162,8 @@ class ICudaEngine:
 
 
 class IExecutionContext:
+    nvtx_verbosity: Any = None
+
     def __init__(self, engine: ICudaEngine, cache: IRuntimeCache | None) -> None:
         self._engine, self._cache = engine, cache
         fixed = {name: tuple(shape) for name, (mode, _, shape) in engine.tensors.items() if mode == "INPUT" and -1 not in shape}
@@ -188,7 +202,7 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine, gpu = self._engine, self._engine.library.gpu
-        assert stream_handle == gpu.stream
+        assert stream_handle == gpu.stream and self.nvtx_verbosity is ProfilingVerbosity.NONE
         assert self._needed is not None and self._scratch is not None and self._scratch[1] >= self._needed
         assert self._pointers.keys() == engine.tensors.keys()
         if self._cache is not None:
@@ -256,8 +270,10 @@ DOUBLES: tuple[Any, ...] = (
     ILogger,
     IRuntimeCache,
     IRuntimeConfig,
+    ProfilingVerbosity,
     Runtime,
     TensorIOMode,
+    TensorLocation,
 )
 """What stands for the library's classes."""
 

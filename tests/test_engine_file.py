@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.engine_file import EngineHeader, EnginePart, Extent, pack_engines, read_header, scratch_bytes
+from runtime.backends.engine_file import EngineHeader, EnginePart, Extent, pack_engines, read_file_header, read_header
 from runtime.errors import BundleError
 
 PART = EnginePart(architectures=("sm_89", "sm_120"), bytes=3, context_bytes=7, fp8_attention=False)
@@ -71,11 +71,12 @@ def test_a_header_that_says_it_is_larger_than_the_file_is_refused_unread() -> No
 def test_scratch_memory_is_that_of_the_most_demanding_engine(tmp_path: Path) -> None:
     file = tmp_path / "head.engine"
     file.write_bytes(packed(replace(HEADER, parts=(PART, replace(PART, fp8_attention=True, context_bytes=9)))))
-    assert scratch_bytes(file) == 9
+    header = read_file_header(file)
+    assert (header.scratch_bytes, header.architectures) == (9, ("sm_89", "sm_120"))
 
 
 def test_scratch_memory_of_a_file_that_is_missing_or_empty_is_an_error_of_the_bundle(tmp_path: Path) -> None:
     (tmp_path / "empty.engine").touch()
     for name in ("empty.engine", "missing.engine"):
         with pytest.raises(BundleError, match=f"{name}: cannot be read"):
-            scratch_bytes(tmp_path / name)
+            read_file_header(tmp_path / name)

@@ -22,6 +22,7 @@ from engines.targets.tensorrt.build import BuiltEngine, build_engine, build_engi
 from engines.targets.tensorrt.library import RTX, Session
 from engines.targets.tensorrt.network import make_network
 from runtime.backends.engine_file import engine_for, read_header
+from runtime.geometry import SizeRange, VideoSize
 from runtime.precision import in_precision
 from runtime.specs import FUNCTION_DOMAIN, Precision
 from runtime.variants import TransformerArch, Variant
@@ -42,6 +43,7 @@ def built(
     *,
     fp8_attention: bool = False,
     wide_products: tuple[str, ...] = (),
+    sizes: SizeRange = DEFAULT_SIZES,
 ) -> BuiltEngine:
     stage = stage_of(variant, name)
     with Session(RTX) as session:
@@ -50,7 +52,7 @@ def built(
             traced(variant, name),
             in_precision(stage, precision, wide_products=wide_products),
             architectures=architectures,
-            profile=stage_profile(stage, variant, DEFAULT_SIZES),
+            profile=stage_profile(stage, variant, sizes),
             fp8_attention=fp8_attention,
         )
 
@@ -221,3 +223,10 @@ def test_products_kept_wide_are_bf16_in_an_fp8_engine() -> None:
     after = built("transformer.block_out", Precision.FP8, wide_products=("ffn.2",))
     assert [sum(layer.is_fp8_product for layer in engine.layers) for engine in (before, after)] == [0, 4]
     assert kernels(before) == kernels(built("transformer.block_in", Precision.BF16))
+
+
+@has_rtx
+def test_the_vaes_attention_builds_at_a_fixed_size_too() -> None:
+    square = VideoSize(width=120, height=120, num_frames=1)  # 60x60 positions: it has no fused kernel for them
+    sizes = SizeRange(smallest=square, largest=square)
+    assert built("vae.decode_low_first", Precision.BF16, ("sm_89",), TOY, sizes=sizes).part.bytes > 0

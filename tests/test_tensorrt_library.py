@@ -21,11 +21,11 @@ from engines.precision.typed import typed_graph
 from engines.profiles import DEFAULT_SIZES, stage_profile
 from engines.store import BundleStore
 from engines.targets.tensorrt import layers
-from engines.targets.tensorrt.build import build_engine
+from engines.targets.tensorrt.build import _config, build_engine
 from engines.targets.tensorrt.library import RTX, TENSORRT, Session
 from engines.targets.tensorrt.network import make_network
 from export.builder import Builder, BuildRequest
-from runtime.backends.engine_file import read_header, scratch_bytes
+from runtime.backends.engine_file import read_file_header, read_header
 from runtime.errors import BuildError, EngineError, RequestError
 from runtime.precision import in_precision
 from runtime.specs import Precision
@@ -87,7 +87,11 @@ def test_tensorrt_builds_for_the_gpu_present(tmp_path: Path, monkeypatch: pytest
     assert [part.fp8_attention for part in headers["transformer.attention"].parts] == [False, True]
     assert {header.library for header in headers.values()} == {"tensorrt"}
     attention = tmp_path / target.engines["transformer.attention"].path
-    assert scratch_bytes(attention) == max(part.context_bytes for part in headers["transformer.attention"].parts) > 0
+    assert (
+        read_file_header(attention).scratch_bytes
+        == max(part.context_bytes for part in headers["transformer.attention"].parts)
+        > 0
+    )
 
 
 def test_without_a_gpu_tensorrt_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +133,12 @@ def test_a_library_that_is_not_installed_is_named_with_the_remedy(refuses: Refus
 
 
 @has_rtx
+def test_neither_a_timing_cache_nor_tf32_changes_what_is_built(session: Session) -> None:
+    config, flags = _config(session, ("sm_89",)), session.trt.BuilderFlag
+    assert config.get_flag(flags.DISABLE_TIMING_CACHE) and not config.get_flag(flags.TF32)
+
+
+@has_rtx
 def test_what_the_builder_warns_of_ends_in_the_log(session: Session, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOG)
     build(session, "text_encoder.block", Precision.BF16)
@@ -163,7 +173,7 @@ def test_what_the_builder_refuses_names_the_stage_the_layer_and_the_last_lines(
     assert first == "transformer.block_in: tensorrt_rtx built no engine for sm_89:"
     assert any("Tensor x_fp8" in line and "FP8" in line for line in lines)
     assert any(record.levelno == logging.ERROR and "Tensor x_fp8" in record.getMessage() for record in caplog.records)
-    assert caught.value.hint == "`--verbose` shows the whole log of tensorrt_rtx"
+    assert caught.value.hint == "`--verbose` shows what else tensorrt_rtx warned of"
 
 
 @has_rtx

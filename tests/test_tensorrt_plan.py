@@ -53,8 +53,10 @@ def test_an_architecture_without_the_precision_is_refused_with_those_that_have_i
         "rtx",
     )
     refuses(*engines, "--arch", "sm_90", code=2, message="architecture sm_90: target rtx has sm_75, sm_80")
-    with pytest.raises(RequestError, match=r"architecture sm_75: target rtx has sm_80, .* in bf16"):
-        architectures(TARGETS["rtx"], ("sm_75",), None)
+    for asked in (("sm_75",), ("sm_89", "sm_75")):
+        with pytest.raises(RequestError, match=r"architecture sm_75: target rtx has sm_80, .* in bf16") as caught:
+            architectures(TARGETS["rtx"], asked, None)
+        assert "--precision fp16 has sm_75" in caught.value.hint
     assert not (tmp_path / "bundle").exists()
 
 
@@ -103,6 +105,8 @@ def test_a_weight_beyond_fp16_is_refused_and_not_made_infinite(tmp_path: Path) -
 
 @has_rtx
 def test_engines_are_kept_until_their_sizes_or_architectures_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [stage_of(TOY, f"transformer.{name}") for name in ("time_embed", "attention", "head")]
+    monkeypatch.setattr("export.builder.network_stages", lambda variant, network: stages)
     monkeypatch.setattr("export.builder.network_precisions", lambda *_: {"transformer": Precision.BF16})
     monkeypatch.setattr("export.graphs.stage_graph", lambda variant, stage: traced(variant, stage.name))
     request = BuildRequest(out=tmp_path, checkpoint=None, targets=("rtx",), sizes=SMALL, architectures=("sm_89",))
@@ -113,7 +117,7 @@ def test_engines_are_kept_until_their_sizes_or_architectures_change(tmp_path: Pa
             return builder.target(TARGETS["rtx"]), builder.built
 
     target, built = build(request)
-    assert (target.sizes, target.kernels, built) == (SMALL, {}, len(target.engines))
+    assert (target.sizes, target.kernels, built, len(target.engines)) == (SMALL, {}, 3, 3)
     assert "tensorrt-rtx" in target.tool_versions
     header = read_header(memoryview((tmp_path / target.engines["transformer.attention"].path).read_bytes()))
     # the toy's VAE halves sides and frames, a token is 2x2: at most 3 latent frames of 8x16 tokens
@@ -121,8 +125,8 @@ def test_engines_are_kept_until_their_sizes_or_architectures_change(tmp_path: Pa
     assert [(part.architectures, part.fp8_attention) for part in header.parts] == [(("sm_89",), False), (("sm_89",), True)]
     assert build(request) == (target, 0)
     longer = replace(request, sizes=replace(SMALL, largest=replace(SMALL.largest, num_frames=9)))
-    assert build(longer)[1] == sum("tokens" in stage_of(TOY, stage).symbols for stage in target.engines)
-    assert build(replace(longer, architectures=("sm_89", "sm_120")))[1] == len(target.engines)
+    assert build(longer)[1] == 2  # of `time_embed` nothing changed
+    assert build(replace(longer, architectures=("sm_89", "sm_120")))[1] == 3
 
 
 def test_an_engine_file_that_was_cut_or_is_none_is_refused() -> None:

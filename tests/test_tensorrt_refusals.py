@@ -32,8 +32,9 @@ def test_hopper_is_refused_by_rtx_with_what_can_be_used(rtx_bundle: Path, rtx_ma
     obstacle = find_obstacle(RTX)
     assert obstacle is not None and "this GPU is sm_90" in obstacle and "cuda or tensorrt" in obstacle
     assert choose_target(open_bundle(rtx_bundle), target=None).name == "cpu", "the next best that runs"
-    with pytest.raises(EngineError, match="sm_90"):
+    with pytest.raises(EngineError, match=r"this machine does not run rtx: .*sm_90") as caught:
         choose_target(open_bundle(rtx_bundle), target="rtx")
+    assert "leave --target out" in caught.value.hint
 
 
 def engine_files(bundle: Path) -> list[Path]:
@@ -149,6 +150,15 @@ def test_an_engine_of_another_architecture_of_the_network_is_refused(rtx_bundle:
     narrow = replace(stage, inputs=(replace(first, dtype=DType.F16), *rest))
     with pytest.raises(EngineError, match="the engine has hidden_states"):
         backend.open_engine(file, narrow)
+
+
+def test_an_engine_that_would_read_a_tensor_on_the_host_gets_no_pointer_of_the_gpu(
+    rtx_bundle: Path, backend: TensorRtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = fake_tensorrt.TensorLocation.HOST
+    monkeypatch.setattr(fake_tensorrt.ICudaEngine, "get_tensor_location", lambda engine, name: place)
+    with pytest.raises(EngineError, match="the engine has hidden_states in the host's memory"):
+        backend.open_engine(*head(rtx_bundle))
 
 
 def test_an_engine_that_the_library_does_not_open_is_refused_with_its_log(

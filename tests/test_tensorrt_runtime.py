@@ -182,6 +182,7 @@ def test_inspect_says_that_these_engines_never_ran_here_and_what_memory_they_tak
         return next(target for target in inspect_bundle(rtx_bundle).targets if target.name == "rtx")
 
     assert found().obstacle is not None and "never run" in found().note
+    assert found().architectures == ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
     assert found().memory == "size 832x480x81: these engines take 16x16x1..64x64x9"
     monkeypatch.setattr("runtime.inspection.GenerateRequest", lambda **given: replace(REQUEST, **given))
     assert re.match(r"32x32x5 runs in [\d.]+ .iB or more", str(found().memory))

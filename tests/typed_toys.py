@@ -18,7 +18,7 @@ TOY = replace(
     ),
     text_encoder=TextEncoderArch(dim=16, attention_dim=16, ffn_dim=24, num_heads=2, num_layers=1, vocab_size=10),
     image_encoder=ImageEncoderArch(dim=16, ffn_dim=32, num_heads=2, num_layers=2, image_size=28),
-    vae=VaeArch(base_dim=4, z_dim=6, num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,)),
+    vae=VaeArch(base_dim=8, z_dim=6, num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,)),
 )  # fmt: skip
 CLEAN_TOY = replace(TOY, transformer=replace(TOY.transformer, per_token_timesteps=True, image_dim=None))
 """Leading frames may be clean: shifts, scales and gates by row."""

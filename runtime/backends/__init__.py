@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from runtime.backends.base import Session
-from runtime.backends.engine_file import scratch_bytes
+from runtime.backends.engine_file import EngineHeader, read_file_header
 from runtime.memory import Layout
 from runtime.precision import attention_precision
 from runtime.specs import Precision, StageSpec
@@ -65,8 +65,8 @@ class RuntimeTarget:
     """None for a target without device memory of its own."""
     note: str = ""
     """What to know of it even where it runs."""
-    scratch_bytes: Callable[[Path], int] | None = None
-    """The scratch memory that an engine file asks for at the largest size; None where engines have none of their own."""
+    header: Callable[[Path], EngineHeader] | None = None
+    """What an engine file says of itself: architectures, scratch memory; None where engines say nothing."""
 
 
 def _cpu_obstacle() -> str | None:
@@ -184,7 +184,7 @@ def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:
         attention=_attention_as_built_or_fp8,
         rehearse=rehearse,
         note="its engines were built, but have never run: this project has no GPU that runs them",
-        scratch_bytes=scratch_bytes,
+        header=read_file_header,
     )
 
 

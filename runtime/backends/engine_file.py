@@ -54,6 +54,16 @@ class EngineHeader:
     profile: Profile
     parts: tuple[EnginePart, ...]
 
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The GPU architectures that some engine runs on."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.architectures))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch memory of the most demanding engine at the largest shapes of its profile."""
+        return max(part.context_bytes for part in self.parts)
+
 
 def pack_engines(header: EngineHeader, engines: list[bytes]) -> bytes:
     """The file's bytes: the header's length in 8 bytes, the header as JSON, the engines."""
@@ -99,8 +109,8 @@ def _flaw(header: EngineHeader) -> str | None:
     return None
 
 
-def scratch_bytes(file: Path) -> int:
-    """Scratch memory of a file's most demanding engine at the largest shapes of its profile; reads its header alone.
+def read_file_header(file: Path) -> EngineHeader:
+    """The header of a file on disk, of which nothing else is read.
 
     Raises:
         BundleError: as `read_header`, or the file cannot be read.
@@ -111,7 +121,7 @@ def scratch_bytes(file: Path) -> int:
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
             memoryview(mapped) as data,
         ):
-            return max(part.context_bytes for part in read_header(data).parts)
+            return read_header(data)
     except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
         raise BundleError(f"{file.name}: cannot be read: {exc}", hint="copy the bundle again or rebuild it") from exc
 

@@ -102,7 +102,7 @@ class Session:
         lines = "".join(f"\n  {line[:400]}" for line in self.last_lines)
         self.last_lines.clear()
         return BuildError(
-            f"{what}{':' if lines else ''}{lines}", hint=hint or f"`--verbose` shows the whole log of {self.library.module}"
+            f"{what}{':' if lines else ''}{lines}", hint=hint or f"`--verbose` shows what else {self.library.module} warned of"
         )
 
 

@@ -16,7 +16,7 @@ from engines.targets.tensorrt.library import Session
 from runtime.specs import StageSpec
 
 _FUSED_HEADS, _FUSED_HEADS_FP8 = range(16, 257, 16), range(32, 257, 32)
-"""Widths of a head that have a fused kernel. Others may be decomposed: the VAE's one head of 384 or more, and some toys'."""
+"""Widths of a head that have a fused kernel. Others may be decomposed, such as some toys'."""
 _PREFIX = "held_attention_"
 
 
@@ -92,7 +92,9 @@ def _put_attention(session: Session, network: Any, place: _Held) -> None:
     by_head = [_by_head(trt, network, tensor, place.heads, width) for tensor in operands]
     attention = network.add_attention_v2(*by_head, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE)
     attention.name = place.result
-    attention.decomposable = width not in (_FUSED_HEADS if place.query_scale is None else _FUSED_HEADS_FP8)
+    fused = _FUSED_HEADS if place.query_scale is None else _FUSED_HEADS_FP8
+    # one head is the VAE's, 384 wide or more; a toy's has a kernel, but not at every fixed size (60x60: none in TensorRT-RTX 1.7.1)
+    attention.decomposable = place.heads == 1 or width not in fused
     if place.query_scale is not None:
         attention.normalization_quantize_to_type = trt.DataType.FP8
         attention.normalization_quantize_scale = _scalar(session, network, FP8_WEIGHTS_SCALE, operands[0].dtype)

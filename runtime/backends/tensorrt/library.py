@@ -147,7 +147,7 @@ class OpenLibrary:
         kinds = self.trt.EngineInvalidityDiagnostics
         known = (text for name, text in _REMEDIES.items() if int(getattr(kinds, name)) & int(diagnosis))
         found = [text.format(architecture=architecture) for text in known]
-        reasons = found or self._lines.taken()[-1:] or ["it does not say why; `--verbose` shows its log"]
+        reasons = found or self._lines.taken()[-1:] or ["it does not say why; `--verbose` shows more of its log"]
         what = f"{self.library.distribution} {self.version} refuses its engines"
         return f"{what}: {'; '.join(reasons)}"
 
@@ -175,7 +175,7 @@ class OpenLibrary:
         if result is None or result is False:
             raise self.failed(what)
 
-    def failed(self, what: str, *, hint: str = "rebuild the bundle; `--verbose` shows the library's whole log") -> EngineError:
+    def failed(self, what: str, *, hint: str = "rebuild the bundle; `--verbose` shows more of the log") -> EngineError:
         """The error for something the library did not do, with the last warnings and errors of its log."""
         lines = "".join(f"\n  {line[:400]}" for line in self._lines.taken())
         return EngineError(f"{what}{':' if lines else ''}{lines}", hint=hint)
@@ -237,7 +237,12 @@ def _logger(interface: Any) -> Any:
 
         def log(self, severity: Any, text: str) -> None:
             kinds = interface.Severity
-            levels = {kinds.INTERNAL_ERROR: logging.ERROR, kinds.ERROR: logging.ERROR, kinds.WARNING: logging.WARNING}
+            levels = {
+                kinds.INTERNAL_ERROR: logging.ERROR,
+                kinds.ERROR: logging.ERROR,
+                kinds.WARNING: logging.WARNING,
+                kinds.INFO: logging.INFO,
+            }
             log.log(levels.get(severity, logging.DEBUG), "%s", text.strip())
 
     return Logger()

@@ -33,6 +33,8 @@ class LoadedEngine:
         with library.listening():
             self._context = self._make_context(cache)
             library.accepted(self._context, f"{stage.name}: no execution context")
+        # engines are built with the names of their kernels; marking each for a profiler slows queuing down, says the library's reference
+        self._context.nvtx_verbosity = library.trt.ProfilingVerbosity.NONE
         self._moving = tuple(tensor.name for tensor in stage.inputs if any(isinstance(axis, str) for axis in tensor.shape))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._scratch_bytes = int(self._engine.device_memory_size_v2)  # all there is to know where nothing moves
@@ -117,6 +119,8 @@ class LoadedEngine:
             wanted = (kinds[tensor.name], getattr(trt.DataType, _TYPES[tensor.dtype]), shape)
             if not _agrees(given, wanted):
                 raise _unlike(stage, f"{tensor.name} {given}", f"{wanted}")
+            if engine.get_tensor_location(tensor.name) != trt.TensorLocation.DEVICE:  # it would read a pointer of the GPU's
+                raise _unlike(stage, f"{tensor.name} in the host's memory", "it in the GPU's")
 
 
 def _agrees(given: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
