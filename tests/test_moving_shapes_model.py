@@ -1,6 +1,7 @@
 """The small Wan of the moving shapes: its networks are Wan's, its folder opens everywhere, its training resumes, its videos are judged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 
 from benchmarks.moving_shapes import dit_stage, loop, quality, train, vae_stage
 from benchmarks.moving_shapes.card import card
-from benchmarks.moving_shapes.data import Bucket, ChunkStream, make_chunk
+from benchmarks.moving_shapes.data import Bucket, ChunkStream, buckets, make_chunk
 from benchmarks.moving_shapes.diffusers_loader import open_pipeline
 from benchmarks.moving_shapes.loop import Stage, StageLength, StageLog
 from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
 from benchmarks.moving_shapes.muon import Muon, weight_matrices
 from benchmarks.moving_shapes.quality import QualityRequest, chosen_cases, run_quality
+from benchmarks.moving_shapes.recipe import RECIPES, DitRecipe, Recipe, VaeRecipe
+from benchmarks.moving_shapes.render import draw, scene_arrays
 from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
-from benchmarks.moving_shapes.world import ClipSize
+from benchmarks.moving_shapes.vae import Vae
+from benchmarks.moving_shapes.world import ClipSize, Kind, sample_scene
 from export.build import BuildRequest, build_bundle
 from export.checkpoint import open_checkpoint
 from runtime.pipeline import VideoPipeline
@@ -165,6 +169,56 @@ def test_chunks_are_the_same_however_they_are_made() -> None:
     assert not np.array_equal(make_chunk(8, 2, choice).scenes.rgb, alone[0].scenes.rgb)
 
 
+def test_a_window_shows_what_the_whole_clip_has_there() -> None:
+    size, window = ClipSize(width=32, height=32, num_frames=9), ClipSize(width=16, height=16, num_frames=5)
+    scenes = scene_arrays([sample_scene(seed, size) for seed in range(6)]).to_torch(torch.device("cpu"))
+    torch.manual_seed(0)
+    cut = draw(vae_stage.cut_windows(scenes, size, window), window, xp=torch)
+    for clip, part in zip(draw(scenes, size, xp=torch), cut, strict=True):
+        assert part.std(dim=(1, 2, 3)).max() > 0.05  # a shape is in it
+        places = clip.unfold(1, 5, 1).unfold(2, 16, 1).unfold(3, 16, 1)  # [3, T', H', W', 5, 16, 16]
+        assert (places - part[:, None, None, None]).abs().amax(dim=(0, 4, 5, 6)).min() < 1e-4
+
+
+def test_the_decoder_can_learn_on_while_the_encoder_rests(tmp_path: Path) -> None:
+    vae = new_networks(TINY, seed=0).vae
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    vae_stage.train_vae(
+        vae, VaeRecipe(sizes=((32, 32, 5, 1.0),), windows_of=ClipSize(width=64, height=64, num_frames=17)),
+        length=StageLength(steps=1), state_file=tmp_path / "decoder.pt", seed=0, workers=0, resume=False, scale=0.02,
+        decoder_only=True,
+    )  # fmt: skip
+    changed = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"decode_chain"}
+
+
+def test_a_training_of_some_kinds_of_scenes_sees_no_other() -> None:
+    (bucket,) = buckets(((64, 64, 5, 1.0),), latent_places=64 * 128, kinds=(Kind.SINGLE, Kind.BOUNCE))
+    assert np.all(make_chunk(0, 0, (bucket,)).scenes.radius[:, 1] < 0)
+    assert np.any(make_chunk(0, 0, (replace(bucket, kinds=tuple(Kind)),)).scenes.radius[:, 1] > 0)
+
+
+def test_encoded_clips_are_kept_for_the_next_run_with_the_same_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = DitRecipe(sizes=((64, 64, 5, 1.0),), first_chunks=2, uses=1)
+
+    def run(networks: Networks) -> int:
+        encoded: list[Tensor] = []
+
+        def encode(frames: Tensor) -> Tensor:
+            encoded.append(frames)
+            return Vae.encode(networks.vae, frames)
+
+        monkeypatch.setattr(networks.vae, "encode", encode)
+        dit_stage.train_dit(
+            networks, sizes, length=StageLength(steps=1), state_file=tmp_path / "dit.pt", seed=0, workers=0, resume=False,
+            scale=0.002, cache=tmp_path / "latents",
+        )  # fmt: skip
+        return len(encoded)
+
+    assert [run(new_networks(TINY, seed=0)) for _ in range(2)] == [3, 0]
+    assert run(new_networks(TINY, seed=1)) == 3
+
+
 def toy_stage(folder: Path, steps: int) -> tuple[Stage, nn.Linear]:
     torch.manual_seed(0)
     layer = nn.Linear(2, 1)
@@ -208,6 +262,17 @@ def test_each_step_follows_its_own_batch_alone(tmp_path: Path, muon_rate: float 
         assert not torch.equal(layer.weight, before)
 
 
+def test_muon_leaves_alone_what_it_is_told_to(tmp_path: Path) -> None:
+    layers = {name: nn.Linear(3, 2) for name in ("one", "other")}
+    stage = Stage(
+        layers, lambda kind, batch: sum((layer.weight.sum() for layer in layers.values()), torch.zeros(())), learning_rate=0.0,
+        muon_rate=0.02, without_muon=("other",), length=StageLength(steps=9), state_file=tmp_path / "state.pt",
+    )  # fmt: skip
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    stage.step(None, ())
+    assert [name for name, layer in layers.items() if not torch.equal(layer.weight, before[name])] == ["one"]
+
+
 def test_a_stage_ends_by_the_clock_too() -> None:
     length = StageLength(steps=100, minutes=1)
     assert length.progress(50, 0) == 0.5
@@ -221,9 +286,7 @@ class Interrupted(Exception):
 
 def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_LOG_EVERY", 1)
-    monkeypatch.setattr(dit_stage, "_SIZES", ((64, 64, 5, 0.5), (96, 64, 5, 0.5)))
-    monkeypatch.setattr(dit_stage, "_FIRST_CHUNKS", 2)
-    monkeypatch.setattr(dit_stage, "_KEPT_CHUNKS", 3)
+    recipe = DitRecipe(sizes=((64, 64, 5, 0.5), (96, 64, 5, 0.5)), first_chunks=2, kept_chunks=3, muon_rate=0.02)
 
     def stop_at_four(log: StageLog) -> None:
         if log.step == 4:
@@ -233,8 +296,8 @@ def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypa
         networks = new_networks(TINY, seed=0)
         torch.manual_seed(3)
         dit_stage.train_dit(
-            networks, length=StageLength(steps=7), state_file=tmp_path / name, seed=0, workers=0, resume=resume, scale=0.004,
-            every_seconds=every, on_look=stop_at_four,
+            networks, recipe, length=StageLength(steps=7), state_file=tmp_path / name, seed=0, workers=0, resume=resume,
+            scale=0.004, every_seconds=every, on_look=stop_at_four,
         )  # fmt: skip
         return networks
 
@@ -248,10 +311,10 @@ def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypa
 
 
 def test_one_command_trains_both_stages_and_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_stage, "_SIZES", ((64, 64, 5, 1.0),))
+    sizes = ((64, 64, 5, 1.0),)
+    recipe = Recipe(vae=VaeRecipe(sizes=sizes), dit=DitRecipe(sizes=sizes, first_chunks=2))
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
     monkeypatch.setattr(vae_stage, "_STATISTICS_CHUNKS", 2)
-    monkeypatch.setattr(dit_stage, "_SIZES", ((64, 64, 5, 1.0),))
-    monkeypatch.setattr(dit_stage, "_FIRST_CHUNKS", 2)
     options = "--size tiny --vae-steps 26 --dit-steps 26 --scale 0.04 --judged 2 --sample-steps 2 --device cpu"
     monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "out"), *options.split()])
     train.main()

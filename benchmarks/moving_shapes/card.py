@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.moving_shapes.model import SIZES
+from benchmarks.moving_shapes.recipe import RECIPES, DitRecipe
 from benchmarks.moving_shapes.world import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from benchmarks.moving_shapes.world import SIZES as SHAPE_SIZES
 
@@ -42,8 +43,8 @@ def card(report: dict[str, Any]) -> str:
         "## Data",
         "",
         f"Clips of one or two shapes, drawn by `render.py`: {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; {', '.join(SHAPE_SIZES)};",
-        f"{', '.join(SPEEDS)}; {len(DIRECTIONS)} directions; bounces, and one shape passing before another.",
-        "17 or 33 frames of 64x64 to 128x96, landscape and portrait. Captions: `grammar.py`. The judged scenes are never trained on.",
+        f"{', '.join(SPEEDS)}; {len(DIRECTIONS)} directions.",
+        f"{_clips(RECIPES[settings['size']].dit)} Captions: `grammar.py`. The judged scenes are never trained on.",
         "",
         "## Training",
         "",
@@ -73,6 +74,11 @@ def card(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _clips(recipe: DitRecipe) -> str:
+    sizes = ", ".join(f"{width}x{height} with {num_frames} frames" for width, height, num_frames, _ in recipe.sizes)
+    return f"Scenes: {', '.join(recipe.kinds)}. Clips: {sizes}."
 
 
 def _result(stage: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.render import SceneArrays, scene_arrays
 from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
-from benchmarks.moving_shapes.world import ClipSize, sample_scene
+from benchmarks.moving_shapes.world import ClipSize, Kind, sample_scene
 
 _FIRST_TRAINING_SEED = 1 << 32
 """Scenes of smaller seeds are for judging; training never sees them."""
@@ -25,11 +25,13 @@ _MOST_CLIPS = 1 << 16  # of a chunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Clips of one size that are trained on together, and how often."""
+    """Clips of one size that are trained on together, and how often; of each only a window is used where there is one."""
 
     size: ClipSize
     batch: int
     weight: float
+    window: ClipSize | None = None
+    kinds: tuple[Kind, ...] = tuple(Kind)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -42,13 +44,25 @@ class Chunk:
     lengths: NDArray[np.int64]  # [B]
 
 
-def buckets(sizes: Sequence[tuple[int, int, int, float]], *, latent_places: int) -> tuple[Bucket, ...]:
-    """Buckets of (width, height, frames, weight) whose batches have about so many latent places each."""
+def buckets(
+    sizes: Sequence[tuple[int, int, int, float]],
+    *,
+    latent_places: int,
+    windows_of: ClipSize | None = None,
+    kinds: tuple[Kind, ...] = tuple(Kind),
+) -> tuple[Bucket, ...]:
+    """Buckets of (width, height, frames, weight) whose batches have about so many latent places each.
+
+    Args:
+        windows_of: the clips' size, if `sizes` are those of windows in them.
+        kinds: of the clips' scenes.
+    """
     made = []
     for width, height, num_frames, weight in sizes:
-        places = (width // 8) * (height // 8) * ((num_frames - 1) // 4 + 1)
+        batch = max(1, latent_places // ((width // 8) * (height // 8) * ((num_frames - 1) // 4 + 1)))
         size = ClipSize(width=width, height=height, num_frames=num_frames)
-        made.append(Bucket(size=size, batch=max(1, latent_places // places), weight=weight))
+        window = None if windows_of is None else size
+        made.append(Bucket(size=windows_of or size, batch=batch, weight=weight, window=window, kinds=kinds))
     return tuple(made)
 
 
@@ -57,7 +71,7 @@ def make_chunk(seed: int, index: int, choice: tuple[Bucket, ...]) -> Chunk:
     bucket = Random(f"{seed} {index}").choices(choice, [bucket.weight for bucket in choice])[0]
     first = _FIRST_TRAINING_SEED * (1 + seed) + index * _MOST_CLIPS
     seeds = range(first, first + bucket.batch)
-    scenes = [sample_scene(each, bucket.size) for each in seeds]
+    scenes = [sample_scene(each, bucket.size, kinds=bucket.kinds) for each in seeds]
     ids, lengths = token_ids(_tokenizer(), [caption_of(scene, seed=each) for scene, each in zip(scenes, seeds, strict=True)])
     return Chunk(bucket=bucket, scenes=scene_arrays(scenes), ids=ids, lengths=lengths)
 

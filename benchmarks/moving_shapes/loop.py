@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from benchmarks.moving_shapes.muon import Muon, weight_matrices
 
 Loss = Callable[[Hashable, Sequence[Tensor]], Tensor]
 _EMA_DECAY = 0.999
-_WARM_UP_STEPS = 200
+_WARM_UP_STEPS = 100
 _LOG_EVERY = 25
 _SAVE_EVERY_S = 60.0
 _SAY_EVERY_S = 15.0
@@ -53,6 +53,7 @@ class Stage:
         learning_rate: AdamW's highest, after a warm-up and before a cosine to zero.
         state_file: where the state is kept.
         muon_rate: the same of Muon, which then takes the matrices; None leaves them to AdamW.
+        without_muon: names of modules whose matrices AdamW has in any case.
         graphs: on a GPU, replay steps as CUDA graphs, one for each kind of batch.
     """
 
@@ -65,6 +66,7 @@ class Stage:
         length: StageLength,
         state_file: Path,
         muon_rate: float | None = None,
+        without_muon: Collection[str] = (),
         graphs: bool = True,
     ) -> None:
         self.log = StageLog()
@@ -77,7 +79,8 @@ class Stage:
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         self._decay = torch.zeros((), device=self._device)
         self._sum = torch.zeros((), device=self._device)
-        matrices = [] if muon_rate is None else weight_matrices(modules.values())
+        for_muon = [module for name, module in modules.items() if muon_rate is not None and name not in without_muon]
+        matrices = weight_matrices(for_muon)
         self._highest_muon_rate = muon_rate or 0.0
         self._muon = Muon(matrices)
         self._muon_rate = torch.zeros((), device=self._device)

@@ -40,13 +40,18 @@ SIZES = {
         transformer=TransformerArch(dim=256, ffn_dim=768, num_heads=2, num_layers=5, text_dim=128),
         vae=VaeArch(base_dim=16),
     ),
+    "mini": ModelSizes(
+        text_encoder=TextEncoderArch(dim=128, attention_dim=128, ffn_dim=256, num_heads=4, num_layers=2, vocab_size=VOCAB_SIZE),
+        transformer=TransformerArch(dim=128, ffn_dim=512, num_heads=1, num_layers=6, text_dim=128),
+        vae=VaeArch(base_dim=8, num_res_blocks=1),
+    ),
     "tiny": ModelSizes(
         text_encoder=TextEncoderArch(dim=32, attention_dim=32, ffn_dim=64, num_heads=2, num_layers=1, vocab_size=VOCAB_SIZE),
         transformer=TransformerArch(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32),
         vae=VaeArch(base_dim=8, num_res_blocks=1),
     ),
 }
-"""`small` is the demo's; `tiny` is for trying the trainer out."""
+"""`small` is for a GPU, `mini` for two CPU cores; `tiny` is for trying the trainer out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

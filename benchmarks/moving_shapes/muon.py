@@ -64,9 +64,7 @@ def _gradient(matrix: nn.Parameter) -> Tensor:
 
 def _orthogonal(matrices: Tensor) -> Tensor:
     """Matrices [n, rows, columns] with their singular values brought to between 0.7 and 1.2."""
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if matrices.is_cuda:
-        x = x.bfloat16()
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     wide = matrices.shape[1] <= matrices.shape[2]
     x = x if wide else x.mT
     for _ in range(_STEPS):

@@ -17,6 +17,8 @@ from runtime.variants import TextEncoderArch, TransformerArch
 class TextEncoder(nn.Module):
     """UMT5's encoder: ids [B, S] and their lengths [B] → embeddings [B, S, dim], zero beyond the length."""
 
+    buckets: Tensor
+
     def __init__(self, arch: TextEncoderArch, *, max_tokens: int) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(arch.vocab_size, arch.dim)
@@ -29,8 +31,9 @@ class TextEncoder(nn.Module):
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         mask = torch.zeros(real.shape, device=ids.device).masked_fill(~real, float("-inf"))[:, None, None]
         x = self.token_embedding(ids)
+        buckets = self.buckets[: ids.shape[1], : ids.shape[1]]
         for block in self.blocks:
-            x = block(x, self.buckets, mask)
+            x = block(x, buckets, mask)
         embeds: Tensor = self.norm(x).float() * real[..., None]
         return embeds
 

@@ -17,12 +17,12 @@ from benchmarks.moving_shapes.model import Networks
 from benchmarks.moving_shapes.render import to_uint8
 from benchmarks.moving_shapes.score import ClipScore, score_clip
 from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
-from benchmarks.moving_shapes.world import ClipSize, sample_scene
+from benchmarks.moving_shapes.world import ClipSize, Kind, sample_scene
 
 
-def prompts(count: int, size: ClipSize, *, first: int = 0) -> list[str]:
+def prompts(count: int, size: ClipSize, *, kinds: tuple[Kind, ...] = tuple(Kind)) -> list[str]:
     """Captions of scenes that training never sees, each with all that can be said."""
-    return [caption_of(sample_scene(seed, size)) for seed in range(first, first + count)]
+    return [caption_of(sample_scene(seed, size, kinds=kinds)) for seed in range(count)]
 
 
 @torch.no_grad()
@@ -50,9 +50,11 @@ def _decoded(networks: Networks, latents: Tensor, *, at_once: int = 64) -> Tenso
     return torch.cat([networks.vae.decode(part) for part in torch.split(latents, at_once)])
 
 
-def judge(networks: Networks, size: ClipSize, *, count: int, num_steps: int = 25) -> tuple[list[str], Frames, list[ClipScore]]:
+def judge(
+    networks: Networks, size: ClipSize, *, count: int, num_steps: int = 25, kinds: tuple[Kind, ...] = tuple(Kind)
+) -> tuple[list[str], Frames, list[ClipScore]]:
     """Captions, clips and their scores."""
-    captions = prompts(count, size)
+    captions = prompts(count, size, kinds=kinds)
     clips = sample(networks, captions, size, num_steps=num_steps)
     return captions, clips, [score_clip(clip, caption) for clip, caption in zip(clips, captions, strict=True)]
 

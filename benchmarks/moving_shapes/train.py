@@ -1,6 +1,6 @@
 """Trains the small Wan of the moving shapes: VAE first, then text encoder and transformer together.
 
-    python -m benchmarks.moving_shapes.train --out DIR [--resume] [--vae-minutes 2] [--dit-minutes 4]
+    python -m benchmarks.moving_shapes.train --out DIR [--size mini] [--resume] [--vae-minutes 2] [--dit-minutes 4]
 
 In DIR afterwards: `checkpoint/` in Wan2.1's own layout, `training.json` with settings, loss curves and accuracy, `samples.png`, and
 `state/`, which `--resume` continues from. Without `--…-minutes` the stages end by their steps alone.
@@ -19,6 +19,7 @@ import torch
 from benchmarks.moving_shapes.dit_stage import train_dit
 from benchmarks.moving_shapes.loop import StageLength, StageLog
 from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
+from benchmarks.moving_shapes.recipe import RECIPES
 from benchmarks.moving_shapes.render import draw, scene_arrays, to_uint8
 from benchmarks.moving_shapes.sampler import judge, write_sheet
 from benchmarks.moving_shapes.score import accuracy
@@ -26,7 +27,7 @@ from benchmarks.moving_shapes.similarity import compare
 from benchmarks.moving_shapes.vae_stage import train_vae
 from benchmarks.moving_shapes.world import ClipSize, sample_scene
 
-_STAGES = ("vae", "dit")
+_STAGES = ("vae", "decoder", "dit")
 
 
 def main() -> None:
@@ -34,7 +35,9 @@ def main() -> None:
     asked = _parse()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
-    networks = new_networks(SIZES[asked.size], seed=asked.seed)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    networks, recipe = new_networks(SIZES[asked.size], seed=asked.seed), RECIPES[asked.size]
     for network in (networks.text_encoder, networks.transformer, networks.vae):
         network.to(asked.device)
     if asked.start_from:
@@ -48,14 +51,19 @@ def main() -> None:
         "scale": asked.scale,
         "graphs": not asked.no_graphs,
     }
-    if "vae" in asked.stages:
-        length = StageLength(steps=asked.vae_steps, minutes=asked.vae_minutes)
-        log = train_vae(networks.vae, length=length, state_file=asked.out / "state" / "vae.pt", **common)
-        report["stages"]["vae"] = {**_curve(log), **_vae_quality(networks, clip, count=min(32, asked.judged))}
-        _say("vae", log, report["stages"]["vae"])
+    for stage in ("vae", "decoder"):
+        if stage in asked.stages:
+            length = StageLength(steps=asked.vae_steps, minutes=asked.vae_minutes)
+            state_file = asked.out / "state" / f"{stage}.pt"
+            log = train_vae(
+                networks.vae, recipe.vae, length=length, state_file=state_file, decoder_only=stage == "decoder", **common
+            )
+            report["stages"][stage] = {**_curve(log), **_vae_quality(networks, clip, count=min(32, asked.judged))}
+            _say(stage, log, report["stages"][stage])
+    kinds = recipe.dit.kinds
 
     def look(log: StageLog) -> None:
-        captions, clips, scores = judge(networks, clip, count=asked.judged, num_steps=asked.sample_steps)
+        captions, clips, scores = judge(networks, clip, count=asked.judged, num_steps=asked.sample_steps, kinds=kinds)
         write_sheet(asked.out / "samples.png", captions, clips, scores)
         write_checkpoint(asked.out / "checkpoint", networks)
         report["accuracy"] = {"step": log.step, "clips": asked.judged, **accuracy(scores)}
@@ -63,10 +71,20 @@ def main() -> None:
         (asked.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     log = StageLog()
+    cache = asked.out / "latents" if asked.keep_latents else None
     if "dit" in asked.stages:
         length = StageLength(steps=asked.dit_steps, minutes=asked.dit_minutes)
         state_file = asked.out / "state" / "dit.pt"
-        log = train_dit(networks, length=length, state_file=state_file, every_seconds=asked.look_every, on_look=look, **common)
+        log = train_dit(
+            networks,
+            recipe.dit,
+            length=length,
+            state_file=state_file,
+            cache=cache,
+            every_seconds=asked.look_every,
+            on_look=look,
+            **common,
+        )
         report["stages"]["dit"] = _curve(log)
     look(log)
 
@@ -78,7 +96,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="continue from DIR/state")
     parser.add_argument("--start-from", type=Path, metavar="CHECKPOINT", help="begin with the weights of such a folder")
-    parser.add_argument("--stages", type=lambda text: tuple(text.split(",")), default=_STAGES, help="vae,dit or one of them")
+    parser.add_argument(
+        "--stages",
+        type=lambda text: tuple(text.split(",")),
+        default=("vae", "dit"),
+        help="of vae, decoder (the encoder rests), dit",
+    )
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--dit-steps", type=int, default=16000)
@@ -88,7 +111,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that make scenes")
+    parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: one a core")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--keep-latents", action="store_true", help="keep encoded clips in DIR/latents")
     parser.add_argument("--judged", type=int, default=128, help="clips that are sampled and scored")
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--look-every", type=float, default=90.0, metavar="SECONDS", help="sample and score so often")

@@ -184,10 +184,20 @@ def _downsample(block: nn.Module, x: Tensor, *, halves_time: bool) -> Tensor:
 def _causal(x: Tensor, conv: nn.Module) -> Tensor:
     """A convolution over the present and two past frames, the first ones' past being zeros."""
     past = F.pad(x, (0, 0, 0, 0, 0, 0, 2, 0))
+    if x.device.type == "cpu":  # where three frames' channels side by side cost a quarter more
+        return _conv3d(past, conv)
     time = x.shape[1]
     triples = torch.cat([past[:, offset : offset + time] for offset in range(3)], dim=-1)
     weight = _over_time(conv)
     return _conv2d(triples, weight, conv.bias, padding=weight.shape[-1] // 2, stride=1)  # type: ignore[arg-type]
+
+
+def _conv3d(past: Tensor, conv: nn.Module) -> Tensor:
+    weight = conv.weight
+    assert isinstance(weight, Tensor)
+    side = weight.shape[-1] // 2
+    convolved = F.conv3d(past.permute(0, 4, 1, 2, 3), weight, conv.bias, padding=(0, side, side))  # type: ignore[arg-type]
+    return convolved.permute(0, 2, 3, 4, 1)
 
 
 def _over_time(conv: nn.Module) -> Tensor:

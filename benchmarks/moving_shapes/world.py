@@ -113,10 +113,10 @@ class Scene:
         return self.things if self.kind is Kind.BEHIND else self.things[::-1]
 
 
-def sample_scene(seed: int, size: ClipSize, *, kind: Kind | None = None) -> Scene:
-    """The scene of a seed, fitted to a clip of this size; of any kind unless one is named."""
+def sample_scene(seed: int, size: ClipSize, *, kind: Kind | None = None, kinds: tuple[Kind, ...] = tuple(Kind)) -> Scene:
+    """The scene of a seed, fitted to a clip of this size; of any of these kinds unless one is named."""
     random = Random(f"{seed} {size}")
-    drawn = random.choices(list(_ODDS), list(_ODDS.values()))[0]
+    drawn = random.choices(kinds, [_ODDS[each] for each in kinds])[0]
     kind = kind or drawn
     background, *colours = random.sample(list(COLOURS), 3)
     looks = [_Looks.draw(random, colour, kind) for colour in colours]
