@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnx
@@ -33,6 +34,10 @@ class Machine:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._patch = patch
+        for name in ("cuda", "cuda.bindings"):
+            package = ModuleType(name)
+            vars(package).update(__spec__=ModuleSpec(name, None, is_package=True), __path__=[])
+            patch.setitem(sys.modules, name, package)
         self.plug(ComputingGpu())
         patch.setattr("runtime.backends.cuda.device.find_obstacle", lambda: None)
         patch.setattr("runtime.backends.tensorrt.engine.driver_version", lambda: 13010)
@@ -45,7 +50,7 @@ class Machine:
     def plug(self, gpu: ComputingGpu) -> None:
         """Put another GPU in."""
         self.gpu, self.library = gpu, Library(gpu)
-        self.library.__spec__ = find_spec("json")  # any: what says that a module is installed
+        self.library.__spec__ = ModuleSpec(RTX.module, None)  # what says that a module is installed
         self._patch.setitem(sys.modules, "tensorrt_rtx", self.library)
 
 
