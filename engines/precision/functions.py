@@ -52,6 +52,14 @@ _IS_CLEAN = """
             column = Constant <value_ints = [1]> ()
             is_clean = Unsqueeze (is_clean_row, column)"""
 
+# Rows [N, heads·d] as [N, heads, d]: the shape to give them.
+_BY_HEAD = """
+            kept = Constant <value_ints = [0]> ()
+            rest = Constant <value_ints = [-1]> ()
+            heads_value = Constant <value_int: int = @num_heads> ()
+            heads = Reshape (heads_value, rest)
+            by_head = Concat <axis = 0> (kept, heads, rest)"""
+
 BODIES = {
     "Gate": """
         Gate (x, gate) => (y) {
@@ -96,13 +104,8 @@ BODIES = {
             y = Mul (product, largest_safe)
         }}""",
     # Both products in fp16, bias and softmax between them in float32: see SumOfProducts.
-    "BiasedAttentionFp16": """
-        BiasedAttentionFp16 <num_heads> (query, key, value, position_table, position_buckets) => (y) {
-            kept = Constant <value_ints = [0]> ()
-            rest = Constant <value_ints = [-1]> ()
-            heads_value = Constant <value_int: int = @num_heads> ()
-            heads = Reshape (heads_value, rest)
-            by_head = Concat <axis = 0> (kept, heads, rest)
+    "BiasedAttentionFp16": f"""
+        BiasedAttentionFp16 <num_heads> (query, key, value, position_table, position_buckets) => (y) {{{_BY_HEAD}
             query_rows = Reshape (query, by_head)
             key_rows = Reshape (key, by_head)
             value_rows = Reshape (value, by_head)
@@ -120,14 +123,9 @@ BODIES = {
             y_rows = Transpose <perm = [1, 0, 2]> (y_heads)
             joined = Concat <axis = 0> (kept, rest)
             y = Reshape (y_rows, joined)
-        }""",
+        }}""",
     SCALED_ATTENTION_FP8: f"""
-        ScaledAttentionFp8 <num_heads, query_scale> (query, key, value) => (y) {{
-            kept = Constant <value_ints = [0]> ()
-            rest = Constant <value_ints = [-1]> ()
-            heads_value = Constant <value_int: int = @num_heads> ()
-            heads = Reshape (heads_value, rest)
-            by_head = Concat <axis = 0> (kept, heads, rest)
+        ScaledAttentionFp8 <num_heads, query_scale> (query, key, value) => (y) {{{_BY_HEAD}
             query_unit_wide = Constant <value_float: float = @query_scale> ()
             query_unit = CastLike (query_unit_wide, query)
             one_wide = Constant <value_float = 1.0> ()
@@ -155,14 +153,8 @@ BODIES = {
             y_wide = Reshape (y_rows, joined)
             y = CastLike (y_wide, query)
         }}""",
-    SCALED_ATTENTION: """
-        ScaledAttention <num_heads> (query, key, value) => (y) {
-            kept = Constant <value_ints = [0]> ()
-            rest = Constant <value_ints = [-1]> ()
-            one = Constant <value_ints = [1]> ()
-            heads_value = Constant <value_int: int = @num_heads> ()
-            heads = Reshape (heads_value, rest)
-            by_head = Concat <axis = 0> (kept, heads, rest)
+    SCALED_ATTENTION: f"""
+        ScaledAttention <num_heads> (query, key, value) => (y) {{{_BY_HEAD}
             batch_axis = Constant <value_ints = [0]> ()
             query_rows = Reshape (query, by_head)
             key_rows = Reshape (key, by_head)
@@ -178,7 +170,7 @@ BODIES = {
             y_rows = Transpose <perm = [1, 0, 2]> (y_heads)
             joined = Concat <axis = 0> (kept, rest)
             y = Reshape (y_rows, joined)
-        }""",
+        }}""",
     "LinearFp8": f"""
         LinearFp8 (x, weight, weight_scale, bias) => (y) {{{_FP8_PRODUCT}
             bias_wide = Cast <to = 1> (bias)

@@ -14,6 +14,7 @@ from runtime.precision import attention_precision
 from runtime.specs import Precision, StageSpec
 
 if TYPE_CHECKING:  # a component opens backends' engines, so it imports this package
+    from runtime.backends.cuda.session import DeviceBackend
     from runtime.backends.tensorrt.library import Library
     from runtime.component import Component
 
@@ -107,11 +108,16 @@ def _cuda_obstacle() -> str | None:
 
 
 def _open_cuda(options: BackendOptions) -> Session:
-    from runtime.backends.cuda.copies import CopyStream
     from runtime.backends.cuda.engine import CudaBackend
+
+    return _session_over(CudaBackend(options.read_kernels()), options)
+
+
+def _session_over(backend: "DeviceBackend", options: BackendOptions) -> Session:
+    """The session that a backend's GPU is held by; the backend is closed where there comes none."""
+    from runtime.backends.cuda.copies import CopyStream
     from runtime.backends.cuda.session import CudaSession
 
-    backend = CudaBackend(options.read_kernels())
     try:
         return CudaSession(backend, CopyStream(backend.device), vram=options.vram)
     except BaseException:
@@ -150,16 +156,9 @@ def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:
         return find_engine_obstacle(library(), files)
 
     def open_session(options: BackendOptions) -> Session:
-        from runtime.backends.cuda.copies import CopyStream
-        from runtime.backends.cuda.session import CudaSession
         from runtime.backends.tensorrt.engine import TensorRtBackend
 
-        backend = TensorRtBackend(library(), cache=options.cache)
-        try:
-            return CudaSession(backend, CopyStream(backend.device), vram=options.vram)
-        except BaseException:
-            backend.close()
-            raise
+        return _session_over(TensorRtBackend(library(), cache=options.cache), options)
 
     def rehearse(
         stages: tuple[StageSpec, ...],

@@ -5,18 +5,16 @@ has no bf16 and no fp8.
 """
 
 import ctypes
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from runtime.backends.base import Array
-from runtime.backends.onnxruntime import check_outputs, open_session
-from runtime.errors import EngineError
+from runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 from runtime.geometry import patchify, unpatchify
-from runtime.specs import DType, StageSpec, match_shapes
+from runtime.specs import DType, StageSpec
 from runtime.variants import TransformerArch
 
 OrtValue = Any
@@ -25,42 +23,21 @@ _AS_BITS = {DType.BF16: 16, DType.F8_E4M3: 17}
 _BITS = {"tensor(bfloat16)": np.uint16, "tensor(float8e4m3fn)": np.uint8}
 
 
-class EmulatedEngine:
-    """One stage in one ONNX Runtime session on the CPU."""
+class EmulatedEngine(OnnxRuntimeEngine):
+    """One stage in one ONNX Runtime session on the CPU, over its own tensors."""
 
-    def __init__(self, path: Path, stage: StageSpec, *, num_threads: int) -> None:
-        self._session = open_session(path, stage, num_threads=num_threads)
-        self._stage = stage
-        self._outputs = [tensor.name for tensor in stage.outputs]
+    def _compute(self, tensors: Mapping[str, OrtValue]) -> Sequence[OrtValue]:
+        outputs: Sequence[OrtValue] = self._session.run_with_ort_values(self._outputs, dict(tensors))
+        return outputs
 
-    def run(self, tensors: Mapping[str, OrtValue], *, consumed: Collection[str] = ()) -> dict[str, OrtValue]:
-        shapes = {tensor.name: tuple(tensors[tensor.name].shape()) for tensor in self._stage.inputs}
-        extents = match_shapes(self._stage, shapes)
-        try:
-            outputs = self._session.run_with_ort_values(self._outputs, dict(tensors))
-        except Exception as exc:  # ONNX Runtime raises its own unrelated exception types
-            raise EngineError(
-                f"{self._stage.name}: execution failed with {shapes}: {exc}",
-                hint="with too little memory, lower --size or --frames or use --tile; otherwise rebuild the bundle",
-            ) from exc
-        check_outputs(self._stage, [tuple(output.shape()) for output in outputs], extents)
-        return dict(zip(self._outputs, outputs, strict=True))
-
-    def close(self) -> None:
-        del self._session
+    def _shape(self, tensor: OrtValue) -> tuple[int, ...]:
+        return tuple(tensor.shape())
 
 
-class EmulatedBackend:
-    """ONNX Runtime on the CPU, over tensors of any element type.
-
-    Args:
-        num_threads: threads inside an operator; 0 lets ONNX Runtime take one per physical core.
-    """
+class EmulatedBackend(OnnxRuntimeBackend):
+    """ONNX Runtime on the CPU, over tensors of any element type."""
 
     name = "emulated"
-
-    def __init__(self, *, num_threads: int = 0) -> None:
-        self._num_threads = num_threads
 
     def open_engine(self, path: Path, stage: StageSpec) -> EmulatedEngine:
         return EmulatedEngine(path, stage, num_threads=self._num_threads)
@@ -68,7 +45,7 @@ class EmulatedBackend:
     def to_device(self, array: Array, dtype: DType | None = None) -> OrtValue:
         from onnxruntime import OrtValue
 
-        whole = np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))  # a mapped file may hold tensors at odd places
+        whole = super().to_device(array)
         if dtype in _AS_BITS:
             return OrtValue.ortvalue_from_numpy_with_onnx_type(whole, _AS_BITS[dtype])
         return OrtValue.ortvalue_from_numpy(whole)
@@ -89,9 +66,3 @@ class EmulatedBackend:
 
     def join_patches(self, patches: OrtValue, grid: tuple[int, int, int], arch: TransformerArch) -> OrtValue:
         return self.to_device(unpatchify(self.to_host(patches), grid, arch))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing is held outside of engines and tensors."""

@@ -27,25 +27,33 @@ class OnnxRuntimeEngine:
     """One stage in one ONNX Runtime session on the CPU."""
 
     def __init__(self, path: Path, stage: StageSpec, *, num_threads: int) -> None:
-        self._session = open_session(path, stage, num_threads=num_threads)
+        self._session = _open_session(path, stage, num_threads=num_threads)
         self._stage = stage
         self._outputs = [tensor.name for tensor in stage.outputs]
 
     def run(self, tensors: Mapping[str, Array], *, consumed: Collection[str] = ()) -> dict[str, Array]:
-        shapes = {tensor.name: tensors[tensor.name].shape for tensor in self._stage.inputs}
+        shapes = {tensor.name: self._shape(tensors[tensor.name]) for tensor in self._stage.inputs}
         extents = match_shapes(self._stage, shapes)
         try:
-            outputs = self._session.run(self._outputs, tensors)
-        except Exception as exc:
+            outputs = self._compute(tensors)
+        except Exception as exc:  # ONNX Runtime raises its own unrelated exception types
             raise EngineError(
                 f"{self._stage.name}: execution failed with {shapes}: {exc}",
                 hint="with too little memory, lower --size or --frames or use --tile; otherwise rebuild the bundle",
             ) from exc
-        check_outputs(self._stage, [output.shape for output in outputs], extents)
+        _check_outputs(self._stage, [self._shape(output) for output in outputs], extents)
         return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
         del self._session
+
+    def _compute(self, tensors: Mapping[str, Any]) -> Sequence[Any]:
+        outputs: Sequence[Any] = self._session.run(self._outputs, tensors)
+        return outputs
+
+    def _shape(self, tensor: Any) -> tuple[int, ...]:
+        shape: tuple[int, ...] = tensor.shape
+        return shape
 
 
 class OnnxRuntimeBackend:
@@ -85,7 +93,7 @@ class OnnxRuntimeBackend:
         """Nothing is held outside of engines and arrays."""
 
 
-def open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
+def _open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
     """A session of ONNX Runtime's CPU provider, its inputs and outputs compared with the stage's.
 
     Raises:
@@ -111,12 +119,7 @@ def open_session(path: Path, stage: StageSpec, *, num_threads: int) -> Any:
     return session
 
 
-def check_outputs(stage: StageSpec, shapes: Sequence[tuple[int, ...]], extents: Mapping[str, int]) -> None:
-    """Compare the shapes of a run's outputs with the stage's.
-
-    Raises:
-        EngineError: one differs.
-    """
+def _check_outputs(stage: StageSpec, shapes: Sequence[tuple[int, ...]], extents: Mapping[str, int]) -> None:
     for tensor, shape in zip(stage.outputs, shapes, strict=True):
         expected = tuple(resolve(axis, extents) for axis in tensor.shape)
         if shape != expected:

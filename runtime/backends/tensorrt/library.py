@@ -90,12 +90,13 @@ def find_engine_obstacle(library: Library, files: Iterable[Path]) -> str | None:
     smallest: memoryview | None = None
     for file in files:
         data = map_file(file)
-        if obstacle := _header_obstacle(read_header(data), opened):
+        header = read_header(data)
+        if obstacle := _header_obstacle(header, opened):
             return obstacle
         found = engine_for(data, architecture)
         if found is None:
-            built = dict.fromkeys(name for part in read_header(data).parts for name in part.architectures)
-            return f"its engines are for {', '.join(built)}; this GPU is {architecture}: {_rebuild_for(library, architecture)}"
+            built = ", ".join(header.architectures)
+            return f"its engines are for {built}; this GPU is {architecture}: {_rebuild_for(library, architecture)}"
         if smallest is None or len(found[1]) < len(smallest):
             smallest = found[1]
     return None if smallest is None else opened.refusal(smallest, architecture)
