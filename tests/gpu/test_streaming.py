@@ -101,7 +101,7 @@ def fail(arguments):
         x = device.zeros((64, 64), DType.F32)
         kernels.convert(replace(x, pointer=1 << 44), device.empty((64, 64), DType.BF16))
         device.synchronize()
-cli.inspect = fail
+cli.inspect.execute = fail
 sys.exit(cli.main(["inspect", "nowhere"]))
 """
 
@@ -137,7 +137,7 @@ def run(arguments):
             while True:
                 predict(component)
                 print("step", flush=True)
-cli.inspect = run
+cli.inspect.execute = run
 sys.exit(cli.main(["inspect", "nowhere"]))
 """
 
