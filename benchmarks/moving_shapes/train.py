@@ -37,7 +37,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    networks, recipe = new_networks(SIZES[asked.size], seed=asked.seed), RECIPES[asked.size]
+    networks, recipe = new_networks(SIZES[asked.size], seed=asked.seed), RECIPES[asked.recipe or asked.size]
     for network in (networks.text_encoder, networks.transformer, networks.vae):
         network.to(asked.device)
     if asked.start_from:
@@ -103,6 +103,7 @@ def _parse() -> argparse.Namespace:
         help="of vae, decoder (the encoder rests), dit",
     )
     parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="of another size, such as that for CPU cores (default: the size's)")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--dit-steps", type=int, default=16000)
     parser.add_argument("--vae-minutes", type=float, default=math.inf, help="end the stage by then at the latest")

@@ -24,7 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Name → mean RGB of 255; a scene's own differ from it by up to `COLOUR_JITTER`."""
 COLOUR_JITTER = 6
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-SIZES = {"small": 0.09, "medium": 0.13, "large": 0.18}
+SIZES = {"small": 0.115, "medium": 0.15, "large": 0.195}
 """Radius of the circle of the same area."""
 SPEEDS = {"slowly": 0.007, "quickly": 0.018}
 """Shorter sides a frame."""
@@ -200,7 +200,7 @@ def _pair(random: Random, looks: list[_Looks], size: ClipSize) -> tuple[Thing, .
 
 def _straight(random: Random, looks: _Looks, size: ClipSize, direction: str, *, band: float | None = None) -> Thing:
     """A thing that moves evenly and stays inside; in a band of the other axis where one is given."""
-    speed = random.choice(list(SPEEDS))
+    speed = random.choice([name for name in SPEEDS if _fits(looks, size, direction, name)])
     pace = _pace(random, speed)
     starts, steps = [], []
     for axis, unit in enumerate(DIRECTIONS[direction]):
@@ -213,6 +213,13 @@ def _straight(random: Random, looks: _Looks, size: ClipSize, direction: str, *, 
         steps.append(unit * pace)
     track = [(starts[0] + frame * steps[0], starts[1] + frame * steps[1]) for frame in range(size.num_frames)]
     return looks.moving(direction, speed, track)
+
+
+def _fits(looks: _Looks, size: ClipSize, direction: str, speed: str) -> bool:
+    """Whether there is room for a thing's whole way."""
+    most = SPEEDS[speed] * (1 + _JITTER) * (size.num_frames - 1)
+    rooms = (high - low for low, high in (looks.bounds(axis, size.extent[axis]) for axis in range(2)))
+    return all(abs(unit) * most <= room for unit, room in zip(DIRECTIONS[direction], rooms, strict=True))
 
 
 def _pace(random: Random, speed: str) -> float:
