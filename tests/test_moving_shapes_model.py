@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.moving_shapes import dit_stage, loop, quality, train, vae_stage
+from benchmarks.moving_shapes import codes, dit_stage, loop, quality, train, vae_stage
 from benchmarks.moving_shapes.card import card
 from benchmarks.moving_shapes.data import Bucket, ChunkStream, buckets, make_chunk
 from benchmarks.moving_shapes.diffusers_loader import open_pipeline
@@ -20,7 +20,6 @@ from benchmarks.moving_shapes.quality import QualityRequest, chosen_cases, run_q
 from benchmarks.moving_shapes.recipe import RECIPES, DitRecipe, Recipe, VaeRecipe
 from benchmarks.moving_shapes.render import draw, scene_arrays
 from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
-from benchmarks.moving_shapes.vae import Vae
 from benchmarks.moving_shapes.world import ClipSize, Kind, sample_scene
 from export.build import BuildRequest, build_bundle
 from export.checkpoint import open_checkpoint
@@ -180,16 +179,18 @@ def test_a_window_shows_what_the_whole_clip_has_there() -> None:
         assert (places - part[:, None, None, None]).abs().amax(dim=(0, 4, 5, 6)).min() < 1e-4
 
 
-def test_the_decoder_can_learn_on_while_the_encoder_rests(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_each_half_of_the_vae_learns_by_itself(half: vae_stage.VaeHalf, tmp_path: Path) -> None:
     vae = new_networks(TINY, seed=0).vae
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    vae_stage.train_vae(
-        vae, VaeRecipe(sizes=((32, 32, 5, 1.0),), windows_of=ClipSize(width=64, height=64, num_frames=17)),
-        length=StageLength(steps=1), state_file=tmp_path / "decoder.pt", seed=0, workers=0, resume=False, scale=0.02,
-        decoder_only=True,
+    log = vae_stage.train_half(
+        vae, half, VaeRecipe(sizes=((32, 32, 5, 1.0),), windows_of=ClipSize(width=64, height=64, num_frames=17)),
+        length=StageLength(steps=50), state_file=tmp_path / "half.pt", seed=0, workers=0, resume=False, scale=0.02,
     )  # fmt: skip
     changed = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"decode_chain"}
+    assert changed == {half.removesuffix("r") + "_chain"}
+    (_, _, first), (_, _, last) = log.losses
+    assert last < first
 
 
 def test_a_training_of_some_kinds_of_scenes_sees_no_other() -> None:
@@ -198,25 +199,23 @@ def test_a_training_of_some_kinds_of_scenes_sees_no_other() -> None:
     assert np.any(make_chunk(0, 0, (replace(bucket, kinds=tuple(Kind)),)).scenes.radius[:, 1] > 0)
 
 
-def test_encoded_clips_are_kept_for_the_next_run_with_the_same_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = DitRecipe(sizes=((64, 64, 5, 1.0),), first_chunks=2, uses=1)
+def test_codes_are_orthonormal_components_of_blocks() -> None:
+    """Codes decoded by the transposed kernels, which lie apart, give the codes again; a still block's first frame has the same ones."""
+    kernels, mean, scale = codes._tables()
+    torch.testing.assert_close(kernels @ kernels.T, torch.eye(16), rtol=0, atol=1e-5)
+    given = torch.randn(2, 16, 3, 2, 4)
+    given[:, [9, 10, 11], 0] = 0  # the first frame has no change over time
+    flat = (given.permute(0, 2, 3, 4, 1) * scale + mean) @ kernels
+    blocks = flat.view(2, 3, 2, 4, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(2, 3, 12, 16, 32)
+    torch.testing.assert_close(codes.block_codes(blocks[:, :, 3:]), given, rtol=0, atol=1e-4)
 
-    def run(networks: Networks) -> int:
-        encoded: list[Tensor] = []
 
-        def encode(frames: Tensor) -> Tensor:
-            encoded.append(frames)
-            return Vae.encode(networks.vae, frames)
-
-        monkeypatch.setattr(networks.vae, "encode", encode)
-        dit_stage.train_dit(
-            networks, sizes, length=StageLength(steps=1), state_file=tmp_path / "dit.pt", seed=0, workers=0, resume=False,
-            scale=0.002, cache=tmp_path / "latents",
-        )  # fmt: skip
-        return len(encoded)
-
-    assert [run(new_networks(TINY, seed=0)) for _ in range(2)] == [3, 0]
-    assert run(new_networks(TINY, seed=1)) == 3
+def test_codes_of_the_world_have_the_scales_that_they_say() -> None:
+    size = ClipSize(width=64, height=64, num_frames=17)
+    frames = draw(scene_arrays([sample_scene(seed, size) for seed in range(200)]), size)
+    std, mean = torch.std_mean(codes.block_codes(torch.from_numpy(frames)), dim=(0, 2, 3, 4))
+    assert mean.abs().max() < 0.3
+    torch.testing.assert_close(std, torch.tensor([1.0] * 3 + [0.5] * 13), rtol=0.2, atol=0)
 
 
 def toy_stage(folder: Path, steps: int) -> tuple[Stage, nn.Linear]:
@@ -310,22 +309,21 @@ def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypa
             assert torch.equal(mine, other)
 
 
-def test_one_command_trains_both_stages_and_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_command_trains_all_stages_and_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ((64, 64, 5, 1.0),)
     recipe = Recipe(vae=VaeRecipe(sizes=sizes), dit=DitRecipe(sizes=sizes, first_chunks=2))
     monkeypatch.setitem(RECIPES, "tiny", recipe)
-    monkeypatch.setattr(vae_stage, "_STATISTICS_CHUNKS", 2)
     options = "--size tiny --vae-steps 26 --dit-steps 26 --scale 0.04 --judged 2 --sample-steps 2 --device cpu"
     monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "out"), *options.split()])
     train.main()
     report = json.loads((tmp_path / "out" / "training.json").read_text())
-    first, *_, last = report["stages"]["vae"]["loss"]
-    assert last[2] < first[2]
+    assert report["stages"]["encoder"]["relative_error"] > 0
+    assert report["stages"]["decoder"]["psnr_db"] > 0
     assert report["stages"]["dit"]["steps"] == 26
     assert 0 <= report["accuracy"]["all"] <= 1
     assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
     words = card(report)
-    assert "| vae | 26 |" in words and "26: " in words
+    assert "| encoder | 26 |" in words and "| decoder | 26 |" in words and "26: " in words
     assert all(f"| {name} |" in words for name in ("colour", "direction", "all"))
     with open_checkpoint(tmp_path / "out" / "checkpoint") as opened:
         assert opened.variant.vae == TINY.vae

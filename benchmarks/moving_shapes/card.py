@@ -82,8 +82,10 @@ def _clips(recipe: DitRecipe) -> str:
 
 
 def _result(stage: dict[str, Any]) -> str:
+    if "relative_error" in stage:
+        return f"relative error {stage['relative_error']:.1%}"
     if "psnr_db" in stage:
-        return f"round trip of {stage['psnr_db']:.1f} dB, SSIM {stage['ssim']:.3f}"
+        return f"{stage['psnr_db']:.1f} dB, SSIM {stage['ssim']:.3f}"
     return f"loss {stage['loss'][-1][2]:.4f}"
 
 

@@ -1,6 +1,5 @@
-"""Trains text encoder and transformer together: flow matching on the VAE's latents, with Wan's shift, and text dropped out for guidance."""
+"""Trains text encoder and transformer together: flow matching on blocks' codes, with Wan's shift, and text dropped out for guidance."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from benchmarks.moving_shapes.codes import block_codes
 from benchmarks.moving_shapes.data import Chunk, ChunkStream, buckets
 from benchmarks.moving_shapes.loop import Stage, StageLength, StageLog
 from benchmarks.moving_shapes.model import Networks
@@ -26,7 +26,7 @@ _SHIFT = 5.0  # Wan2.1's, for half of the clips; the others' noise levels are sp
 _EVEN_SHIFT = 1.5
 
 
-Encoded = tuple[Hashable, list[Tensor]]
+Coded = tuple[Hashable, list[Tensor]]
 """What shapes depend on; latents, token ids and their lengths."""
 
 
@@ -41,7 +41,6 @@ def train_dit(
     resume: bool,
     scale: float = 1.0,
     graphs: bool = True,
-    cache: Path | None = None,
     every_seconds: float = float("inf"),
     on_look: Callable[[StageLog], None] = lambda _: None,
 ) -> StageLog:
@@ -50,7 +49,6 @@ def train_dit(
     Args:
         scale: of the batches; less than 1 for a trial.
         graphs: replay steps as CUDA graphs on a GPU.
-        cache: a folder that keeps what was encoded, for the next run with the same VAE.
         on_look: called every so many seconds, while the networks have their moving averages.
     """
     device = next(networks.transformer.parameters()).device
@@ -72,17 +70,16 @@ def train_dit(
     choice = buckets(recipe.sizes, latent_places=int(recipe.latent_places * scale), kinds=recipe.kinds)
     taken = recipe.first_chunks + stage.log.step // recipe.uses  # chunks so far; what is kept depends on the step alone
     first = max(0, taken - recipe.kept_chunks)
-    latents = _Cache(cache, networks, (seed, choice))
-    kept: deque[Encoded] = deque(maxlen=recipe.kept_chunks)
+    kept: deque[Coded] = deque(maxlen=recipe.kept_chunks)
     with ChunkStream(seed + 2, choice, first=first, workers=workers) as stream:
-        encoded = (latents.encoded(index, chunk) for index, chunk in enumerate(stream, start=first))
+        coded = (_coded(chunk, device) for chunk in stream)
         for _ in range(taken - first):
-            kept.append(next(encoded))
+            kept.append(next(coded))
         stage.restart_clock()
         while not stage.done:
             stage.step(*kept[Random(f"{seed} {stage.log.step}").randrange(len(kept))])
             if stage.log.step % recipe.uses == 0:
-                kept.append(next(encoded))
+                kept.append(next(coded))
             if stage.log.seconds - looked > every_seconds:
                 looked = stage.log.seconds
                 stage.save()
@@ -93,44 +90,11 @@ def train_dit(
     return stage.log
 
 
-class _Cache:
-    """Encoded chunks of one stream and one VAE, a file each; latents rest in half precision.
-
-    Args:
-        folder: what several of them share; None keeps nothing.
-        stream: what the chunks depend on beside the VAE.
-    """
-
-    def __init__(self, folder: Path | None, networks: Networks, stream: object) -> None:
-        self._networks, self._folder = networks, None
-        if folder is not None:
-            digest = hashlib.sha256(repr(stream).encode())
-            for tensor in networks.vae.state_dict().values():
-                digest.update(tensor.cpu().numpy().tobytes())
-            self._folder = folder / digest.hexdigest()[:16]
-            self._folder.mkdir(parents=True, exist_ok=True)
-
-    def encoded(self, index: int, chunk: Chunk) -> Encoded:
-        """What training needs of chunk `index` of the stream."""
-        if self._folder is None:
-            return _encoded(self._networks, chunk)
-        file = self._folder / f"{index}.pt"
-        if not file.exists():
-            latents, *text = _encoded(self._networks, chunk)[1]
-            torch.save([latents.half(), *text], file.with_suffix(".partial"))
-            file.with_suffix(".partial").replace(file)
-        latents, *text = torch.load(file, map_location=self._networks.vae.mean.device, weights_only=True)
-        return chunk.bucket.size, [latents.float(), *text]
-
-
 @torch.no_grad()
-def _encoded(networks: Networks, chunk: Chunk) -> Encoded:
-    device = next(networks.vae.parameters()).device
+def _coded(chunk: Chunk, device: torch.device) -> Coded:
     frames = draw(chunk.scenes.to_torch(device), chunk.bucket.size, xp=torch)
-    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-        latents = networks.vae.encode(frames)
     ids, lengths = (torch.from_numpy(array).to(device, non_blocking=True) for array in (chunk.ids, chunk.lengths))
-    return chunk.bucket.size, [latents.contiguous(), ids, lengths]
+    return chunk.bucket.size, [block_codes(frames), ids, lengths]
 
 
 def _loss_of(networks: Networks, device: torch.device) -> Callable[[Hashable, Sequence[Tensor]], Tensor]:

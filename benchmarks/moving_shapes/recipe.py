@@ -18,7 +18,7 @@ class VaeRecipe:
         sizes: of what it sees at once.
         windows_of: the clips that `sizes` are cut from, near the shapes' outlines; None if they are whole clips.
         latent_places: of a batch.
-        most_noise: on the latents, whose deviation is 1; each clip has its own share of it.
+        most_noise: on the codes (`codes`); each clip has its own share of it.
     """
 
     sizes: ClipShares = ((64, 64, 5, 0.5), (64, 64, 9, 0.3), (64, 64, 17, 0.1), (128, 96, 5, 0.1))
@@ -36,9 +36,9 @@ class DitRecipe:
     Args:
         kinds: of scenes.
         muon_rate: None leaves their matrices to AdamW.
-        kept_chunks: encoded ones, drawn from at random.
+        kept_chunks: drawn from at random.
         first_chunks: that are there before the first step.
-        uses: steps for each chunk that is encoded.
+        uses: steps for each chunk that is made.
     """
 
     sizes: ClipShares = (
@@ -51,7 +51,7 @@ class DitRecipe:
     muon_rate: float | None = None
     kept_chunks: int = 256
     first_chunks: int = 12
-    uses: int = 3  # encoding costs about as much as a step
+    uses: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

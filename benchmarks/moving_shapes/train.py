@@ -1,4 +1,4 @@
-"""Trains the small Wan of the moving shapes: VAE first, then text encoder and transformer together.
+"""Trains the small Wan of the moving shapes: the two halves of the VAE, then text encoder and transformer together.
 
     python -m benchmarks.moving_shapes.train --out DIR [--size mini] [--resume] [--vae-minutes 2] [--dit-minutes 4]
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.moving_shapes.codes import block_codes
 from benchmarks.moving_shapes.dit_stage import train_dit
 from benchmarks.moving_shapes.loop import StageLength, StageLog
 from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
@@ -24,10 +25,11 @@ from benchmarks.moving_shapes.render import draw, scene_arrays, to_uint8
 from benchmarks.moving_shapes.sampler import judge, write_sheet
 from benchmarks.moving_shapes.score import accuracy
 from benchmarks.moving_shapes.similarity import compare
-from benchmarks.moving_shapes.vae_stage import train_vae
+from benchmarks.moving_shapes.vae_stage import VaeHalf, train_half
 from benchmarks.moving_shapes.world import ClipSize, sample_scene
 
-_STAGES = ("vae", "decoder", "dit")
+_HALVES: tuple[VaeHalf, ...] = ("encoder", "decoder")
+_STAGES = (*_HALVES, "dit")
 
 
 def main() -> None:
@@ -51,15 +53,13 @@ def main() -> None:
         "scale": asked.scale,
         "graphs": not asked.no_graphs,
     }
-    for stage in ("vae", "decoder"):
-        if stage in asked.stages:
+    for half in _HALVES:
+        if half in asked.stages:
             length = StageLength(steps=asked.vae_steps, minutes=asked.vae_minutes)
-            state_file = asked.out / "state" / f"{stage}.pt"
-            log = train_vae(
-                networks.vae, recipe.vae, length=length, state_file=state_file, decoder_only=stage == "decoder", **common
-            )
-            report["stages"][stage] = {**_curve(log), **_vae_quality(networks, clip, count=min(32, asked.judged))}
-            _say(stage, log, report["stages"][stage])
+            state_file = asked.out / "state" / f"{half}.pt"
+            log = train_half(networks.vae, half, recipe.vae, length=length, state_file=state_file, **common)
+            report["stages"][half] = {**_curve(log), **_vae_quality(networks, half, clip, count=min(32, asked.judged))}
+            _say(half, log, report["stages"][half])
     kinds = recipe.dit.kinds
 
     def look(log: StageLog) -> None:
@@ -71,7 +71,6 @@ def main() -> None:
         (asked.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     log = StageLog()
-    cache = asked.out / "latents" if asked.keep_latents else None
     if "dit" in asked.stages:
         length = StageLength(steps=asked.dit_steps, minutes=asked.dit_minutes)
         state_file = asked.out / "state" / "dit.pt"
@@ -80,7 +79,6 @@ def main() -> None:
             recipe.dit,
             length=length,
             state_file=state_file,
-            cache=cache,
             every_seconds=asked.look_every,
             on_look=look,
             **common,
@@ -99,14 +97,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         type=lambda text: tuple(text.split(",")),
-        default=("vae", "dit"),
-        help="of vae, decoder (the encoder rests), dit",
+        default=_STAGES,
+        help=f"of {', '.join(_STAGES)}",
     )
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--recipe", choices=list(RECIPES), help="of another size, such as that for CPU cores (default: the size's)")
-    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument(
+        "--recipe", choices=list(RECIPES), help="of another size, such as that for CPU cores (default: the size's)"
+    )
+    parser.add_argument("--vae-steps", type=int, default=4000, help="of each half")
     parser.add_argument("--dit-steps", type=int, default=16000)
-    parser.add_argument("--vae-minutes", type=float, default=math.inf, help="end the stage by then at the latest")
+    parser.add_argument("--vae-minutes", type=float, default=math.inf, help="end each half by then at the latest")
     parser.add_argument("--dit-minutes", type=float, default=math.inf)
     parser.add_argument("--scale", type=float, default=1.0, help="of the batches")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
@@ -114,31 +114,29 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that make scenes")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: one a core")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--keep-latents", action="store_true", help="keep encoded clips in DIR/latents")
     parser.add_argument("--judged", type=int, default=128, help="clips that are sampled and scored")
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--look-every", type=float, default=90.0, metavar="SECONDS", help="sample and score so often")
     asked = parser.parse_args()
     if unknown := set(asked.stages) - set(_STAGES):
         parser.error(f"--stages {unknown.pop()}: there is {', '.join(_STAGES)}")
-    if "vae" not in asked.stages and asked.start_from is None:
-        parser.error("without the stage vae, --start-from has to bring one")
+    if asked.start_from is None and not set(_HALVES) <= set(asked.stages):
+        parser.error("without both halves of the VAE in --stages, --start-from has to bring them")
     asked.out.mkdir(parents=True, exist_ok=True)
     return asked
 
 
 @torch.no_grad()
-def _vae_quality(networks: Networks, clip: ClipSize, *, count: int) -> dict[str, float]:
-    """What the VAE's round trip does to fresh clips."""
+def _vae_quality(networks: Networks, half: VaeHalf, clip: ClipSize, *, count: int) -> dict[str, float]:
+    """What the decoder makes of fresh clips' codes, and the encoder's error on such clips, relative to the codes."""
     frames = draw(scene_arrays([sample_scene(seed, clip) for seed in range(count)]), clip)
     given = torch.from_numpy(frames).to(networks.vae.mean.device)
-    decoded = networks.vae.decode(networks.vae.encode(given)).float().cpu().numpy()
-    pairs = zip(to_uint8(decoded), to_uint8(frames), strict=True)
-    results = [compare(ours, true) for ours, true in pairs]
-    return {
-        "psnr_db": sum(result.psnr_db for result in results) / len(results),
-        "ssim": sum(result.ssim for result in results) / len(results),
-    }
+    codes = block_codes(given)
+    if half == "encoder":
+        return {"relative_error": float((networks.vae.encode(given) - codes).norm() / codes.norm())}
+    pairs = zip(to_uint8(networks.vae.decode(codes).float().cpu().numpy()), to_uint8(frames), strict=True)
+    found = [compare(ours, true) for ours, true in pairs]
+    return {"psnr_db": sum(each.psnr_db for each in found) / count, "ssim": sum(each.ssim for each in found) / count}
 
 
 def _curve(log: StageLog) -> dict[str, Any]:

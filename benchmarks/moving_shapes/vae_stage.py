@@ -1,13 +1,16 @@
-"""Trains the VAE: sharp frames from latents that have unit variance and bear some noise, which is what a diffusion model leaves in them."""
+"""Trains the VAE: an encoder that finds each block's code, and a decoder that makes sharp frames of codes with some noise, which is what a
+diffusion model leaves in them."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.moving_shapes.codes import block_codes
 from benchmarks.moving_shapes.data import ChunkStream, buckets
 from benchmarks.moving_shapes.loop import Stage, StageLength, StageLog
 from benchmarks.moving_shapes.recipe import VaeRecipe
@@ -17,11 +20,14 @@ from benchmarks.moving_shapes.world import ClipSize
 
 _SHAPE_WEIGHT = 5.0  # of an error on a shape or its outline, against one on the background
 _EDGE_WEIGHT = 1.0  # of differences between neighbouring pixels
-_STATISTICS_CHUNKS = 24
 
 
-def train_vae(
+VaeHalf = Literal["encoder", "decoder"]
+
+
+def train_half(
     vae: Vae,
+    half: VaeHalf,
     recipe: VaeRecipe,
     *,
     length: StageLength,
@@ -31,12 +37,10 @@ def train_vae(
     resume: bool,
     scale: float = 1.0,
     graphs: bool = True,
-    decoder_only: bool = False,
 ) -> StageLog:
-    """Train until the stage is over; the VAE then has its moving averages and its latents' statistics.
+    """Train one half of the VAE until the stage is over; it then has its moving averages. Codes lie between the halves, which never meet.
 
     Args:
-        decoder_only: leave the encoder and the latents' statistics as they are.
         scale: of the batches; less than 1 for a trial.
         graphs: replay steps as CUDA graphs on a GPU.
     """
@@ -45,11 +49,13 @@ def train_vae(
     def loss(kind: Hashable, batch: Sequence[Tensor]) -> Tensor:
         assert isinstance(kind, tuple)
         scenes, (size, window) = SceneArrays(*batch), kind
-        drawn = draw(scenes if window is None else cut_windows(scenes, size, window), window or size, xp=torch)
-        return _loss(vae, drawn, scenes.background, most_noise=recipe.most_noise, decoder_only=decoder_only)
+        frames = draw(scenes if window is None else cut_windows(scenes, size, window), window or size, xp=torch)
+        if half == "encoder":
+            return _encoder_loss(vae, frames)
+        return _decoder_loss(vae, frames, scenes.background, most_noise=recipe.most_noise)
 
     stage = Stage(
-        {"decoder": vae.decode_chain} if decoder_only else {"vae": vae},
+        {half: vae.encode_chain if half == "encoder" else vae.decode_chain},
         loss,
         learning_rate=recipe.learning_rate,
         muon_rate=recipe.muon_rate,
@@ -68,8 +74,6 @@ def train_vae(
                 stage.restart_clock()
             stage.step((chunk.bucket.size, chunk.bucket.window), astuple(chunk.scenes.to_torch(device)))
     stage.finish()
-    if not decoder_only:
-        measure_latents(vae, recipe, seed=seed, scale=scale)
     return stage.log
 
 
@@ -99,41 +103,21 @@ def cut_windows(scenes: SceneArrays, size: ClipSize, window: ClipSize) -> SceneA
     )
 
 
-def _loss(vae: Vae, frames: Tensor, background: Tensor, *, most_noise: float, decoder_only: bool) -> Tensor:
+def _encoder_loss(vae: Vae, frames: Tensor) -> Tensor:
+    with torch.autocast(frames.device.type, torch.bfloat16, cache_enabled=False):
+        return F.mse_loss(vae.encode(frames), block_codes(frames))
+
+
+def _decoder_loss(vae: Vae, frames: Tensor, background: Tensor, *, most_noise: float) -> Tensor:
     with torch.no_grad():
         plain = background[:, :, None, None, None] / 127.5 - 1
         shapes = ((frames - plain).abs().amax(dim=1, keepdim=True) > 0.02).float()
         weight = 1 + (_SHAPE_WEIGHT - 1) * F.max_pool3d(shapes, (1, 3, 3), stride=1, padding=(0, 1, 1))
+    codes = block_codes(frames)
+    noise = most_noise * torch.rand(len(codes), 1, 1, 1, 1, device=frames.device)
     with torch.autocast(frames.device.type, torch.bfloat16, cache_enabled=False):
-        if decoder_only:
-            with torch.no_grad():
-                latents = vae.encode(frames)
-        else:
-            moments = vae.moments(frames).float()
-            variance, mean = torch.var_mean(moments, dim=(0, 2, 3, 4), keepdim=True)
-            latents = (moments - mean) / torch.sqrt(variance + 1e-6)
-        noise = most_noise * torch.rand(len(latents), 1, 1, 1, 1, device=frames.device)
-        decoded = vae.decode(latents + noise * torch.randn_like(latents)).float()
+        decoded = vae.decode(codes + noise * torch.randn_like(codes)).float()
     error = decoded - frames
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     loss: Tensor = (weight * error.abs()).mean() / weight.mean() + _EDGE_WEIGHT * edges
     return loss
-
-
-@torch.no_grad()
-def measure_latents(vae: Vae, recipe: VaeRecipe, *, seed: int, scale: float = 1.0) -> None:
-    """Set the mean and deviation of each channel over fresh clips, whole ones where training saw windows."""
-    device = next(vae.parameters()).device
-    sizes = recipe.sizes
-    if recipe.windows_of is not None:
-        whole = recipe.windows_of
-        sizes = ((whole.width, whole.height, whole.num_frames, 1.0),)
-    choice = buckets(sizes, latent_places=int(recipe.latent_places * scale))
-    seen = []
-    with ChunkStream(seed + 1, choice, first=0, workers=0) as stream:
-        for _, chunk in zip(range(_STATISTICS_CHUNKS), stream, strict=False):
-            frames = draw(chunk.scenes.to_torch(device), chunk.bucket.size, xp=torch)
-            seen.append(vae.moments(frames).float().transpose(0, 1).flatten(1))
-    std, mean = torch.std_mean(torch.cat(seen, dim=1), dim=1)
-    vae.mean.copy_(mean)
-    vae.std.copy_(std.clamp_min(1e-3))
