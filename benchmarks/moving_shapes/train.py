@@ -44,6 +44,9 @@ def main() -> None:
         network.to(asked.device)
     if asked.start_from:
         read_checkpoint(asked.start_from, networks)
+    if asked.compile:
+        for block in (*networks.text_encoder.blocks, *networks.transformer.blocks):
+            block.compile()
     report: dict[str, Any] = {"settings": _settings(asked), "machine": _machine(asked.device), "stages": {}}
     clip = ClipSize(width=64, height=64, num_frames=17)
     common = {
@@ -62,6 +65,7 @@ def main() -> None:
             _say(half, log, report["stages"][half])
     kinds = recipe.dit.kinds
 
+    @torch.compiler.set_stance("force_eager")  # its sizes are others
     def look(log: StageLog) -> None:
         captions, clips, scores = judge(networks, clip, count=asked.judged, num_steps=asked.sample_steps, kinds=kinds)
         write_sheet(asked.out / "samples.png", captions, clips, scores)
@@ -110,6 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dit-minutes", type=float, default=math.inf)
     parser.add_argument("--scale", type=float, default=1.0, help="of the batches")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of text encoder and transformer with torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that make scenes")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: one a core")
