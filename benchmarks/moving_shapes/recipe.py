@@ -48,7 +48,7 @@ class DitRecipe:
     kinds: tuple[Kind, ...] = tuple(Kind)
     latent_places: int = 256 * 320  # 256 clips of 64x64 and 17 frames
     learning_rate: float = 8e-4
-    muon_rate: float | None = None
+    muon_rate: float | None = 0.02
     kept_chunks: int = 256
     first_chunks: int = 12
     uses: int = 3
@@ -78,7 +78,6 @@ _TWO_CORES = Recipe(
         kinds=(Kind.SINGLE, Kind.BOUNCE),
         latent_places=32 * 320,
         learning_rate=1e-3,
-        muon_rate=0.02,
         kept_chunks=1024,
         first_chunks=16,
         uses=12,
