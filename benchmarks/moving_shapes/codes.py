@@ -1,8 +1,8 @@
 """The latents that the VAE is trained to make: the strongest cosine components of each block of 4 frames of 8x8 pixels.
 
-A VAE left to itself finds latents that no small transformer learns in minutes: of one VAE's, 45% of all places depended on shapes, and after
-4,450 steps of 256 clips a transformer took away a quarter of a tenth's noise there. These are local and linear, change evenly when a shape
-moves, and need no network while the transformer is trained.
+A VAE left to itself finds latents that no small transformer learns in minutes: of one VAE's, 45% of all places depended on the shapes, and
+after 4,450 steps of 256 clips a transformer that was given them with noise of 0.1 left 72% of its variance there. These are local and linear,
+change evenly when a shape moves, and need no network while the transformer is trained.
 """
 
 import math
@@ -16,7 +16,8 @@ _FRAMES, _SIDE = 4, 8  # of a block: the VAE's strides
 _COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))  # brightness, red against blue, both against green
 
 # Colour, and half waves over time, height and width; mean and scale. They are the strongest over clips of the world, but for the third
-# colour's change over time, which its corners need more. The scale of plain colours is their deviation; that of all others twice it, as they are rare and strong.
+# colour's change over time, in whose place its corners are. The scale of plain colours is their deviation; of all others, which are rare and
+# strong, twice theirs.
 _COMPONENTS = (
     (0, (0, 0, 0), -0.9, 12.2), (1, (0, 0, 0), 0.3, 10.7), (2, (0, 0, 0), 0.3, 6.1),
     (0, (0, 0, 1), 0.0, 3.08), (1, (0, 0, 1), 0.0, 2.66), (2, (0, 0, 1), 0.0, 1.48),
