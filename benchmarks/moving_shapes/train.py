@@ -114,7 +114,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dit-minutes", type=float, default=math.inf)
     parser.add_argument("--scale", type=float, default=1.0, help="of the batches")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks of text encoder and transformer with torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks of text encoder and transformer with torch.compile"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that make scenes")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: one a core")
