@@ -21,10 +21,10 @@ class VaeRecipe:
         most_noise: on the codes (`codes`); each clip has its own share of it.
     """
 
-    sizes: ClipShares = ((64, 64, 5, 0.5), (64, 64, 9, 0.3), (64, 64, 17, 0.1), (128, 96, 5, 0.1))
-    windows_of: ClipSize | None = None
-    latent_places: int = 32 * 128  # 32 clips of 64x64 and 5 frames
-    most_noise: float = 0.25
+    sizes: ClipShares = ((32, 32, 5, 0.3), (32, 32, 9, 0.2), (48, 48, 5, 0.15), (32, 32, 17, 0.2), (64, 64, 17, 0.15))
+    windows_of: ClipSize | None = _SQUARE  # outlines look alike in larger clips
+    latent_places: int = 128 * 32  # 128 windows of 32x32 and 5 frames
+    most_noise: float = 0.3
     learning_rate: float = 2e-3
     muon_rate: float = 0.02
 
@@ -69,7 +69,6 @@ class Recipe:
 _TWO_CORES = Recipe(
     vae=VaeRecipe(
         sizes=((32, 32, 5, 0.35), (32, 32, 9, 0.2), (48, 48, 5, 0.15), (32, 32, 17, 0.3)),
-        windows_of=_SQUARE,
         latent_places=20 * 32,
         most_noise=0.4,
     ),

@@ -65,9 +65,9 @@ def main() -> None:
             _say(half, log, report["stages"][half])
     kinds = recipe.dit.kinds
 
-    @torch.compiler.set_stance("force_eager")  # its sizes are others
     def look(log: StageLog) -> None:
-        captions, clips, scores = judge(networks, clip, count=asked.judged, num_steps=asked.sample_steps, kinds=kinds)
+        with torch.compiler.set_stance("force_eager"):  # its sizes are others
+            captions, clips, scores = judge(networks, clip, count=asked.judged, num_steps=asked.sample_steps, kinds=kinds)
         write_sheet(asked.out / "samples.png", captions, clips, scores)
         write_checkpoint(asked.out / "checkpoint", networks)
         report["accuracy"] = {"step": log.step, "clips": asked.judged, **accuracy(scores)}
