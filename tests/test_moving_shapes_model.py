@@ -1,13 +1,16 @@
 """The small Wan of the moving shapes: its networks are Wan's, its folder opens everywhere, its training resumes, its videos are judged."""
 
 import json
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.moving_shapes import codes, dit_stage, loop, quality, train, vae_stage
 from benchmarks.moving_shapes.card import card
@@ -193,6 +196,38 @@ def test_each_half_of_the_vae_learns_by_itself(half: vae_stage.VaeHalf, tmp_path
     assert last < first
 
 
+class NoHostNumbers(TorchDispatchMode):
+    """Refuses tensors made of Python's numbers: on a GPU that is a copy from the host, which a captured CUDA graph may not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_copies_nothing_from_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = loop.Stage._update
+
+    def watched(stage: Stage, kind: Hashable, batch: Sequence[Tensor]) -> None:
+        update(stage, kind, batch)
+        with NoHostNumbers():  # the first of a kind is not captured
+            stage._loss(kind, batch)
+
+    monkeypatch.setattr(loop.Stage, "_update", watched)
+    networks = new_networks(TINY, seed=0)
+    common: dict[str, Any] = {"length": StageLength(steps=1), "seed": 0, "workers": 0, "resume": False}
+    recipe = VaeRecipe(sizes=((32, 32, 5, 1.0),), windows_of=ClipSize(width=64, height=64, num_frames=17))
+    halves: tuple[vae_stage.VaeHalf, ...] = ("encoder", "decoder")
+    for half in halves:
+        vae_stage.train_half(networks.vae, half, recipe, state_file=tmp_path / half, scale=0.02, **common)
+    dit = DitRecipe(sizes=((64, 64, 5, 1.0),), first_chunks=1)
+    dit_stage.train_dit(networks, dit, state_file=tmp_path / "dit", scale=0.002, **common)
+    with NoHostNumbers(), pytest.raises(AssertionError):
+        torch.tensor([1.0, 2.0])
+
+
 def test_a_training_of_some_kinds_of_scenes_sees_no_other() -> None:
     (bucket,) = buckets(((64, 64, 5, 1.0),), latent_places=64 * 128, kinds=(Kind.SINGLE, Kind.BOUNCE))
     assert np.all(make_chunk(0, 0, (bucket,)).scenes.radius[:, 1] < 0)
@@ -201,7 +236,7 @@ def test_a_training_of_some_kinds_of_scenes_sees_no_other() -> None:
 
 def test_codes_are_orthonormal_components_of_blocks() -> None:
     """Codes decoded by the transposed kernels, which lie apart, give the codes again; a still block's first frame has the same ones."""
-    kernels, mean, scale = codes._tables()
+    kernels, mean, scale = codes._tables(torch.device("cpu"))
     torch.testing.assert_close(kernels @ kernels.T, torch.eye(16), rtol=0, atol=1e-5)
     given = torch.randn(2, 16, 3, 2, 4)
     given[:, [12, 13], 0] = 0  # the first frame has no change over time

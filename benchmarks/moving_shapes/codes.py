@@ -29,7 +29,7 @@ _COMPONENTS = (
 
 def block_codes(frames: Tensor) -> Tensor:
     """Frames [B, 3, T, H, W] in [-1, 1] → float32 [B, 16, t, h, w] of mean 0; the first frame counts as four alike."""
-    kernels, mean, scale = (table.to(frames.device) for table in _tables())
+    kernels, mean, scale = _tables(frames.device)
     frames = torch.cat((frames[:, :, :1].expand(-1, -1, _FRAMES - 1, -1, -1), frames), dim=2).float()
     batch, _, num_frames, height, width = frames.shape
     grid = num_frames // _FRAMES, height // _SIDE, width // _SIDE
@@ -38,16 +38,16 @@ def block_codes(frames: Tensor) -> Tensor:
     return ((coefficients - mean) / scale).view(batch, *grid, -1).permute(0, 4, 1, 2, 3).contiguous()
 
 
-@cache
-def _tables() -> tuple[Tensor, Tensor, Tensor]:
+@cache  # a captured CUDA graph may not copy from the host
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal kernels [16, 3·4·8·8], means and scales [16]."""
     colours = F.normalize(torch.tensor(_COLOURS, dtype=torch.float64), dim=1)
     kernels = [
         torch.einsum("c,t,y,x->ctyx", colours[colour], _wave(_FRAMES, time), _wave(_SIDE, down), _wave(_SIDE, across))
         for colour, (time, down, across), _, _ in _COMPONENTS
     ]
-    mean, scale = (torch.tensor([row[column] for row in _COMPONENTS]) for column in (2, 3))
-    return torch.stack(kernels).flatten(1).float(), mean, scale
+    mean, scale = (torch.tensor([row[column] for row in _COMPONENTS], device=device) for column in (2, 3))
+    return torch.stack(kernels).flatten(1).float().to(device), mean, scale
 
 
 def _wave(length: int, half_waves: int) -> Tensor:

@@ -90,10 +90,11 @@ def cut_windows(scenes: SceneArrays, size: ClipSize, window: ClipSize) -> SceneA
     angle, reach = 2 * torch.pi * rand[2], 1.5 * torch.sqrt(rand[3]) * scenes.radius[rows, chosen]
     offset = torch.stack((reach * angle.cos(), reach * angle.sin()), dim=-1)
     side, own_side = min(size.width, size.height), min(window.width, window.height)
-    corner = (track[rows, chosen, window.num_frames // 2] + offset) * side
-    corner = corner - torch.tensor((window.width / 2, window.height / 2), device=rows.device)
-    farthest = torch.tensor((size.width - window.width, size.height - window.height), device=rows.device)
-    corner = torch.minimum(corner.round().clamp_min(0), farthest)
+    centre = (track[rows, chosen, window.num_frames // 2] + offset) * side
+    extents = ((size.width, window.width), (size.height, window.height))
+    corner = torch.stack(
+        [(centre[:, axis] - own / 2).round().clamp(0, whole - own) for axis, (whole, own) in enumerate(extents)], dim=-1
+    )
     return SceneArrays(
         background=scenes.background,
         rgb=scenes.rgb,
