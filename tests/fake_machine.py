@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -25,6 +25,7 @@ from runtime.backends.engine_file import EnginePart, Profile
 from runtime.specs import StageSpec, resolve
 from tests.fake_gpu import ComputingGpu
 from tests.fake_tensorrt import BITS, VERSION, Library, scratch
+from tests.stand_ins import package
 
 _NAMES = {number: name for name, (number, _) in BITS.items()}
 
@@ -35,9 +36,7 @@ class Machine:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._patch = patch
         for name in ("cuda", "cuda.bindings"):
-            package = ModuleType(name)
-            vars(package).update(__spec__=ModuleSpec(name, None, is_package=True), __path__=[])
-            patch.setitem(sys.modules, name, package)
+            patch.setitem(sys.modules, name, package(name))
         self.plug(ComputingGpu())
         patch.setattr("runtime.backends.cuda.device.find_obstacle", lambda: None)
         patch.setattr("runtime.backends.tensorrt.engine.driver_version", lambda: 13010)

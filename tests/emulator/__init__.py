@@ -12,8 +12,6 @@ in which Hopper keeps FP8 sums; races between the threads of a block, which take
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +24,7 @@ from tests.emulator.cudnn import Cudnn
 from tests.emulator.driver import Driver
 from tests.emulator.memory import Memory
 from tests.emulator.streams import Streams
+from tests.stand_ins import package
 
 TOTAL_BYTES = 8 << 30
 
@@ -41,12 +40,12 @@ def emulated_gpu(*, seed: int = 0, total_bytes: int = TOTAL_BYTES) -> Iterator[D
     streams, memory = Streams(seed=seed), Memory(total_bytes=total_bytes)
     driver = Driver(streams, memory)
     bindings: dict[str, Any] = {
-        "cuda": _package("cuda"),
+        "cuda": package("cuda"),
         "cuda.core": nvrtc,
-        "cuda.bindings": _package("cuda.bindings", driver=driver),
+        "cuda.bindings": package("cuda.bindings", driver=driver),
         "cuda.bindings.driver": driver,
-        "nvmath": _package("nvmath"),
-        "nvmath.bindings": _package("nvmath.bindings", cublasLt=(products := CublasLt(streams, memory))),
+        "nvmath": package("nvmath"),
+        "nvmath.bindings": package("nvmath.bindings", cublasLt=(products := CublasLt(streams, memory))),
         "nvmath.bindings.cublasLt": products,
         "cudnn": Cudnn(streams, memory),
     }
@@ -55,13 +54,6 @@ def emulated_gpu(*, seed: int = 0, total_bytes: int = TOTAL_BYTES) -> Iterator[D
             patch.setitem(sys.modules, name, module)
         patch.setattr(Device, "__init__", _forgetting(Device.__init__, driver))
         yield driver
-
-
-def _package(name: str, **members: Any) -> ModuleType:
-    """What is imported by name and found by `importlib.util.find_spec`."""
-    package = ModuleType(name)
-    vars(package).update(members, __spec__=ModuleSpec(name, None, is_package=True), __path__=[])
-    return package
 
 
 def _forgetting(opens: Any, driver: Driver) -> Any:
