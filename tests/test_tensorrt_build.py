@@ -89,8 +89,9 @@ def test_both_forms_of_attention_are_in_its_file_where_the_architecture_has_fp8(
     profile = stage_profile(stage, WIDE_HEADS, DEFAULT_SIZES)
     graph, narrow = traced(WIDE_HEADS, stage.name), in_precision(stage, Precision.BF16)
     file = memoryview(build_engines(RTX, graph, narrow, architectures=("sm_86", "sm_89"), profile=profile))
-    assert engine_for(file, "sm_86", fp8_attention=True) is None
-    forms = [engine_for(file, "sm_89", fp8_attention=narrow) for narrow in (False, True)]
+    header = read_header(file)
+    assert engine_for(header, file, "sm_86", fp8_attention=True) is None
+    forms = [engine_for(header, file, "sm_89", fp8_attention=narrow) for narrow in (False, True)]
     assert [form is not None and form[0].architectures for form in forms] == [("sm_86", "sm_89"), ("sm_89",)]
 
 
@@ -162,8 +163,8 @@ def test_a_file_of_engines_says_what_it_is_and_gives_each_architecture_its_own()
     assert (header.stage, header.library, header.profile) == ("transformer.embed", "tensorrt-rtx", profile)
     assert header.library_version == version("tensorrt-rtx")
     assert [part.architectures for part in header.parts] == [("sm_75",), ("sm_89", "sm_120")]
-    turing, later = engine_for(file, "sm_75"), engine_for(file, "sm_120")
-    assert turing is not None and later is not None and engine_for(file, "sm_90") is None
+    turing, later = engine_for(header, file, "sm_75"), engine_for(header, file, "sm_120")
+    assert turing is not None and later is not None and engine_for(header, file, "sm_90") is None
     assert (turing[0].bytes, later[0].bytes) == (len(turing[1]), len(later[1]))
     assert bytes(turing[1]) + bytes(later[1]) == bytes(file[-turing[0].bytes - later[0].bytes :])
 

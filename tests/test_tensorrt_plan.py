@@ -142,7 +142,7 @@ def test_an_engine_file_that_was_cut_or_is_none_is_refused() -> None:
     )
     file = pack_engines(header, [b"abc", b"de"])
     assert read_header(memoryview(file)) == header
-    later = engine_for(memoryview(file), "sm_120")
+    later = engine_for(header, memoryview(file), "sm_120")
     assert later is not None and (later[0], bytes(later[1])) == (header.parts[1], b"de")
     for damaged in (file[:-1], file + b"f", file[:20], b"", b"\xff" * 64, (9).to_bytes(8, "little") + b"\xff" * 9):
         with pytest.raises(BundleError):

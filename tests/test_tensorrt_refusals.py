@@ -54,7 +54,8 @@ def test_engines_for_other_gpus_are_refused_with_the_architecture_to_build_for(
     rtx_bundle: Path, rtx_machine: Machine, tmp_path: Path
 ) -> None:
     data = memoryview(engine_files(rtx_bundle)[0].read_bytes())
-    header, found = read_header(data), engine_for(data, "sm_89")
+    header = read_header(data)
+    found = engine_for(header, data, "sm_89")
     assert found is not None
     only = replace(header, parts=(replace(header.parts[0], architectures=("sm_80",)),))
     file = tmp_path / "ampere.engine"

@@ -126,13 +126,14 @@ def read_file_header(file: Path) -> EngineHeader:
         raise BundleError(f"{file.name}: cannot be read: {exc}", hint="copy the bundle again or rebuild it") from exc
 
 
-def engine_for(data: memoryview, architecture: str, *, fp8_attention: bool = False) -> tuple[EnginePart, memoryview] | None:
-    """The part for one architecture and its engine, of attention in the form asked for; None when there is none.
+def engine_for(
+    header: EngineHeader, data: memoryview, architecture: str, *, fp8_attention: bool = False
+) -> tuple[EnginePart, memoryview] | None:
+    """The part of a file for one architecture and its engine, of attention in the form asked for; None when there is none.
 
-    Raises:
-        BundleError: as `read_header`.
+    Args:
+        header: what `read_header` gives of `data`.
     """
-    header = read_header(data)
     end = len(data)
     for part in reversed(header.parts):
         if architecture in part.architectures and part.fp8_attention == fp8_attention:

@@ -193,7 +193,7 @@ def _find_part(
     try:
         data = map_file(path)
         header = read_header(data)
-        found = engine_for(data, architecture, fp8_attention=fp8_attention)
+        found = engine_for(header, data, architecture, fp8_attention=fp8_attention)
     except BundleError as error:
         raise EngineError(f"{stage.name}: {path.name}: {error.message}", hint=error.hint) from error
     if header.stage != stage.name or header.profile.keys() != set(stage.symbols):

@@ -93,7 +93,7 @@ def find_engine_obstacle(library: Library, files: Iterable[Path]) -> str | None:
         header = read_header(data)
         if obstacle := _header_obstacle(header, opened):
             return obstacle
-        found = engine_for(data, architecture)
+        found = engine_for(header, data, architecture)
         if found is None:
             built = ", ".join(header.architectures)
             return f"its engines are for {built}; this GPU is {architecture}: {_rebuild_for(library, architecture)}"
