@@ -44,7 +44,7 @@ def card(report: dict[str, Any]) -> str:
         "",
         f"Clips of one or two shapes, drawn by `render.py`: {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; {', '.join(SHAPE_SIZES)};",
         f"{', '.join(SPEEDS)}; {len(DIRECTIONS)} directions.",
-        f"{_clips(RECIPES[settings['size']].dit)} Captions: `grammar.py`. The judged scenes are never trained on.",
+        f"{_clips(RECIPES[settings['recipe']].dit)} Captions: `grammar.py`. The judged scenes are never trained on.",
         "",
         "## Training",
         "",

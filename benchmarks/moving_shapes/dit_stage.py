@@ -25,7 +25,6 @@ _DROPPED = 0.1  # of the captions
 _SHIFT = 5.0  # Wan2.1's, for half of the clips; the others' noise levels are spread more evenly, for the details
 _EVEN_SHIFT = 1.5
 
-
 Coded = tuple[Hashable, list[Tensor]]
 """What shapes depend on; latents, token ids and their lengths."""
 

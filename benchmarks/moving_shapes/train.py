@@ -39,7 +39,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    networks, recipe = new_networks(SIZES[asked.size], seed=asked.seed), RECIPES[asked.recipe or asked.size]
+    networks, recipe = new_networks(SIZES[asked.size], seed=asked.seed), RECIPES[asked.recipe]
     for network in (networks.text_encoder, networks.transformer, networks.vae):
         network.to(asked.device)
     if asked.start_from:
@@ -125,6 +125,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--look-every", type=float, default=90.0, metavar="SECONDS", help="sample and score so often")
     asked = parser.parse_args()
+    asked.recipe = asked.recipe or asked.size
     if unknown := set(asked.stages) - set(_STAGES):
         parser.error(f"--stages {unknown.pop()}: there is {', '.join(_STAGES)}")
     if asked.start_from is None and not set(_HALVES) <= set(asked.stages):

@@ -21,7 +21,6 @@ from benchmarks.moving_shapes.world import ClipSize
 _SHAPE_WEIGHT = 5.0  # of an error on a shape or its outline, against one on the background
 _EDGE_WEIGHT = 1.0  # of differences between neighbouring pixels
 
-
 VaeHalf = Literal["encoder", "decoder"]
 
 
