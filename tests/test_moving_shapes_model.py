@@ -344,6 +344,17 @@ def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypa
             assert torch.equal(mine, other)
 
 
+def test_a_stage_that_is_told_to_stop_leaves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, layer = toy_stage(tmp_path, 9)
+    stage.step(None, ())
+    monkeypatch.setattr(loop, "_told_to_stop", True)
+    with pytest.raises(loop.StopTraining, match=r"after step 1; --resume"):
+        stage.step(None, ())
+    again, other = toy_stage(tmp_path, 9)
+    assert again.resume() and again.log.step == 1
+    assert torch.equal(other.weight, layer.weight)
+
+
 def test_one_command_trains_all_stages_and_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ((64, 64, 5, 1.0),)
     recipe = Recipe(vae=VaeRecipe(sizes=sizes), dit=DitRecipe(sizes=sizes, first_chunks=2))
@@ -358,7 +369,7 @@ def test_one_command_trains_all_stages_and_leaves_a_checkpoint(tmp_path: Path, m
     assert 0 <= report["accuracy"]["all"] <= 1
     assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
     words = card(report)
-    assert "| encoder | 26 |" in words and "| decoder | 26 |" in words and "26: " in words
+    assert "| encoder | 6 |" in words and "| decoder | 26 |" in words and "26: " in words
     assert all(f"| {name} |" in words for name in ("colour", "direction", "all"))
     with open_checkpoint(tmp_path / "out" / "checkpoint") as opened:
         assert opened.variant.vae == TINY.vae

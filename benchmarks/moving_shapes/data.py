@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from random import Random
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from types import TracebackType
 from typing import Any, Self
 
@@ -81,6 +82,11 @@ def _tokenizer() -> Any:
     return build_tokenizer()
 
 
+def _leave_signals_to_parent() -> None:
+    for number in (SIGINT, SIGTERM):
+        signal(number, SIG_IGN)
+
+
 class ChunkStream:
     """Chunks from a first one on. Use with `with`: it holds worker processes.
 
@@ -90,7 +96,9 @@ class ChunkStream:
 
     def __init__(self, seed: int, choice: tuple[Bucket, ...], *, first: int, workers: int) -> None:
         self._seed, self._choice, self._next = seed, choice, first
-        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else None
+        self._pool: ProcessPoolExecutor | None = None
+        if workers:
+            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_signals_to_parent)
         self._ahead: deque[Future[Chunk]] = deque()
         self._depth = 3 * workers
 

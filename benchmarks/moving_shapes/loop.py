@@ -3,6 +3,7 @@ its state on disk. On a GPU a step is one CUDA graph."""
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from benchmarks.moving_shapes.muon import Muon, weight_matrices
 Loss = Callable[[Hashable, Sequence[Tensor]], Tensor]
 _EMA_DECAY = 0.999
 _WARM_UP_STEPS = 100
+_FALL = 0.5  # of a stage, at its end: the learning rate falls evenly to zero. Before that a stage's length may still be changed
 _LOG_EVERY = 25
 _SAVE_EVERY_S = 60.0
 _SAY_EVERY_S = 15.0
@@ -28,7 +30,7 @@ _SAY_EVERY_S = 15.0
 class StageLength:
     """A stage ends after so many steps, or so many minutes if that is sooner; the learning rate falls with whichever is nearer."""
 
-    steps: int
+    steps: float = math.inf
     minutes: float = math.inf
 
     def progress(self, step: int, seconds: float) -> float:
@@ -45,12 +47,16 @@ class StageLog:
     losses: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, mean loss since the last entry
 
 
+class StopTraining(Exception):
+    """Somebody asked for the end; the state is on disk."""
+
+
 class Stage:
     """Parameters in training, with their optimiser and moving average.
 
     Args:
         loss: of a kind of batch and its tensors; the kind is what shapes depend on.
-        learning_rate: AdamW's highest, after a warm-up and before a cosine to zero.
+        learning_rate: AdamW's highest, after a warm-up and before it falls to zero.
         state_file: where the state is kept.
         muon_rate: the same of Muon, which then takes the matrices; None leaves them to AdamW.
         without_muon: names of modules whose matrices AdamW has in any case.
@@ -103,7 +109,14 @@ class Stage:
         return self.length.progress(self.log.step, self.log.seconds) >= 1
 
     def step(self, kind: Hashable, batch: Sequence[Tensor]) -> None:
-        """One update; now and then the state is written."""
+        """One update; now and then the state is written.
+
+        Raises:
+            StopTraining: the process was told to end (`stop_when_told`).
+        """
+        if _told_to_stop:
+            self.save()
+            raise StopTraining(f"stopped after step {self.log.step}; --resume goes on from there")
         self._set_rates()
         if self._uses_graphs:
             self._replay(kind, batch)
@@ -174,7 +187,7 @@ class Stage:
 
     def _set_rates(self) -> None:
         step, progress = self.log.step, self.length.progress(self.log.step, self.log.seconds)
-        share = min(1.0, (step + 1) / _WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        share = min(1.0, (step + 1) / _WARM_UP_STEPS, (1 - progress) / _FALL)
         rate = self._learning_rate * share
         self._muon_rate.fill_(self._highest_muon_rate * share)
         for group in self._optimiser.param_groups:
@@ -238,3 +251,18 @@ class Stage:
         with torch.no_grad():
             for parameter, value in zip(self._parameters, values, strict=True):
                 parameter.copy_(value)
+
+
+_told_to_stop = False
+
+
+def stop_when_told() -> None:
+    """From now on SIGTERM and Ctrl-C let the present step end and the state be written; a second Ctrl-C ends the process at once."""
+
+    def stop(number: int, frame: object) -> None:
+        global _told_to_stop
+        _told_to_stop = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)

@@ -37,7 +37,7 @@ class ModelSizes:
 SIZES = {
     "small": ModelSizes(
         text_encoder=TextEncoderArch(dim=128, attention_dim=128, ffn_dim=384, num_heads=4, num_layers=3, vocab_size=VOCAB_SIZE),
-        transformer=TransformerArch(dim=256, ffn_dim=768, num_heads=2, num_layers=5, text_dim=128),
+        transformer=TransformerArch(dim=256, ffn_dim=768, num_heads=2, num_layers=7, text_dim=128),
         vae=VaeArch(base_dim=16),
     ),
     "mini": ModelSizes(

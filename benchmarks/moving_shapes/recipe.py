@@ -51,7 +51,7 @@ class DitRecipe:
     muon_rate: float | None = 0.02
     kept_chunks: int = 256
     first_chunks: int = 12
-    uses: int = 3
+    uses: int = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

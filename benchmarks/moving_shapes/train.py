@@ -3,7 +3,7 @@
     python -m benchmarks.moving_shapes.train --out DIR [--size mini] [--resume] [--vae-minutes 2] [--dit-minutes 4]
 
 In DIR afterwards: `checkpoint/` in Wan2.1's own layout, `training.json` with settings, loss curves and accuracy, `samples.png`, and
-`state/`, which `--resume` continues from. Without `--…-minutes` the stages end by their steps alone.
+`state/`, which `--resume` continues from, also after SIGTERM or Ctrl-C. A stage without `--…-minutes` ends by its steps.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.moving_shapes.codes import block_codes
 from benchmarks.moving_shapes.dit_stage import train_dit
-from benchmarks.moving_shapes.loop import StageLength, StageLog
+from benchmarks.moving_shapes.loop import StageLength, StageLog, StopTraining, stop_when_told
 from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
 from benchmarks.moving_shapes.recipe import RECIPES
 from benchmarks.moving_shapes.render import draw, scene_arrays, to_uint8
@@ -30,11 +30,20 @@ from benchmarks.moving_shapes.world import ClipSize, sample_scene
 
 _HALVES: tuple[VaeHalf, ...] = ("encoder", "decoder")
 _STAGES = (*_HALVES, "dit")
+_VAE_STEPS, _DIT_STEPS = 6000, 60_000
+_ENCODER_SHARE = 0.25  # of the decoder's steps and minutes: codes are linear
 
 
 def main() -> None:
     """Command line of this module."""
     asked = _parse()
+    try:
+        _train(asked)
+    except StopTraining as stopped:
+        sys.exit(f"train: {stopped}")
+
+
+def _train(asked: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
     if asked.threads:
@@ -58,7 +67,7 @@ def main() -> None:
     }
     for half in _HALVES:
         if half in asked.stages:
-            length = StageLength(steps=asked.vae_steps, minutes=asked.vae_minutes)
+            length = _length(asked.vae_steps, asked.vae_minutes, _VAE_STEPS, share=_ENCODER_SHARE if half == "encoder" else 1)
             state_file = asked.out / "state" / f"{half}.pt"
             log = train_half(networks.vae, half, recipe.vae, length=length, state_file=state_file, **common)
             report["stages"][half] = {**_curve(log), **_vae_quality(networks, half, clip, count=min(32, asked.judged))}
@@ -76,7 +85,7 @@ def main() -> None:
 
     log = StageLog()
     if "dit" in asked.stages:
-        length = StageLength(steps=asked.dit_steps, minutes=asked.dit_minutes)
+        length = _length(asked.dit_steps, asked.dit_minutes, _DIT_STEPS)
         state_file = asked.out / "state" / "dit.pt"
         log = train_dit(
             networks,
@@ -108,10 +117,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", choices=list(RECIPES), help="of another size, such as that for CPU cores (default: the size's)"
     )
-    parser.add_argument("--vae-steps", type=int, default=4000, help="of each half")
-    parser.add_argument("--dit-steps", type=int, default=16000)
-    parser.add_argument("--vae-minutes", type=float, default=math.inf, help="end each half by then at the latest")
-    parser.add_argument("--dit-minutes", type=float, default=math.inf)
+    parser.add_argument("--vae-steps", type=int, help=f"of the decoder; the encoder has {_ENCODER_SHARE:.0%} of them")
+    parser.add_argument("--dit-steps", type=int)
+    parser.add_argument("--vae-minutes", type=float, help="end the decoder by then, and the encoder likewise")
+    parser.add_argument("--dit-minutes", type=float, help="end by then")
     parser.add_argument("--scale", type=float, default=1.0, help="of the batches")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
     parser.add_argument(
@@ -132,6 +141,13 @@ def _parse() -> argparse.Namespace:
         parser.error("without both halves of the VAE in --stages, --start-from has to bring them")
     asked.out.mkdir(parents=True, exist_ok=True)
     return asked
+
+
+def _length(steps: int | None, minutes: float | None, usual: int, *, share: float = 1) -> StageLength:
+    """What was asked for, or the usual number of steps if nothing was."""
+    if steps is None and minutes is None:
+        steps = usual
+    return StageLength(steps=max(1, round(share * steps)) if steps else math.inf, minutes=share * (minutes or math.inf))
 
 
 @torch.no_grad()
@@ -167,4 +183,5 @@ def _say(stage: str, log: StageLog, facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    stop_when_told()
     main()
