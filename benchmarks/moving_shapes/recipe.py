@@ -17,12 +17,14 @@ class VaeRecipe:
     Args:
         sizes: of what it sees at once.
         windows_of: the clips that `sizes` are cut from, near the shapes' outlines; None if they are whole clips.
+        kinds: of scenes; the fastest shapes, those that pass another, are the hardest to decode.
         latent_places: of a batch.
         most_noise: on the codes (`codes`); each clip has its own share of it.
     """
 
     sizes: ClipShares = ((32, 32, 5, 0.3), (32, 32, 9, 0.2), (48, 48, 5, 0.15), (32, 32, 17, 0.2), (64, 64, 17, 0.15))
     windows_of: ClipSize | None = _SQUARE  # outlines look alike in larger clips
+    kinds: tuple[Kind, ...] = (Kind.BOUNCE, Kind.IN_FRONT, Kind.BEHIND, Kind.PAIR)
     latent_places: int = 128 * 32  # 128 windows of 32x32 and 5 frames
     most_noise: float = 0.3
     learning_rate: float = 2e-3

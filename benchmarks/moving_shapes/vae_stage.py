@@ -64,7 +64,8 @@ def train_half(
     )
     if resume:
         stage.resume()
-    choice = buckets(recipe.sizes, latent_places=int(recipe.latent_places * scale), windows_of=recipe.windows_of)
+    places = int(recipe.latent_places * scale)
+    choice = buckets(recipe.sizes, latent_places=places, windows_of=recipe.windows_of, kinds=recipe.kinds)
     with ChunkStream(seed, choice, first=stage.log.step, workers=workers) as stream:
         for number, chunk in enumerate(stream):
             if stage.done:
