@@ -13,7 +13,7 @@ PEAK_TFLOPS = {"NVIDIA H200": {"bf16": 989.0, "fp8": 1979.0}}
 """Dense peaks by NVIDIA's datasheets (SXM), by the name the driver gives."""
 _DISTRIBUTIONS = (
     "torch", "diffusers", "diffsynth", "transformers", "cuda-bindings", "nvidia-cublas", "nvidia-cudnn-cu13", "nvmath-python",
-    "torch-tensorrt", "tensorrt",
+    "torch-tensorrt", "tensorrt", "onnxruntime-gpu",
 )  # fmt: skip
 
 

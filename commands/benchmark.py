@@ -32,6 +32,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "quality", "of bundles of the moving-shapes checkpoint, which --bundle names; --case chooses rows"
     )
     quality.add_argument("--prompts", type=int, help="how many (default: 200)")
+    quality.add_argument(
+        "--reference", type=Path, metavar="FILE", help="of the videos to compare with; written if it is not there, else read"
+    )
     gpu = command.add_argument_group("on a GPU")
     gpu.add_argument(
         "--case", action="append", help="of the suite's cases, such as 14b-480p; may be given several times (default: all)"
@@ -63,7 +66,9 @@ def execute(arguments: argparse.Namespace) -> None:
 def _toy_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.suite import BenchmarkRequest, run_benchmark
 
-    _refuse_options(arguments, "case", "bundle", "only_baselines", "attention", "budget", "seconds", "profile", "prompts")
+    _refuse_options(
+        arguments, "case", "bundle", "only_baselines", "attention", "budget", "seconds", "profile", "prompts", "reference"
+    )
     baselines = arguments.baseline or ["diffusers"]
     if len(baselines) > 1:
         raise RequestError(f"suite toy takes one baseline, not {', '.join(baselines)}", hint="measure them one after the other")
@@ -82,6 +87,7 @@ def _quality_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         bundles=tuple(arguments.bundle or ()),
         prompts=PROMPTS if arguments.prompts is None else arguments.prompts,
         cases=tuple(arguments.case or ()),
+        reference=arguments.reference,
         out=arguments.out,
     )
     return run_quality(request, on_line=say)
@@ -92,7 +98,7 @@ def _gpu_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.gpu_suites import GpuRequest
     from runtime.specs import Precision
 
-    _refuse_options(arguments, "pairs", "readme", "prompts")
+    _refuse_options(arguments, "pairs", "readme", "prompts", "reference")
     return run_gpu_benchmark(
         GpuRequest(
             suite=arguments.suite,

@@ -26,6 +26,7 @@ from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
 from benchmarks.moving_shapes.world import ClipSize, Kind, sample_scene
 from export.build import BuildRequest, build_bundle
 from export.checkpoint import open_checkpoint
+from runtime.errors import RequestError
 from runtime.pipeline import VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.schedulers import Conventions
@@ -420,6 +421,28 @@ def test_the_suite_judges_every_row_against_the_fp32_reference(
     assert len(reference["wrong"]) == 2
     assert json.loads((tmp_path / "quality.json").read_text())["rows"][1]["scheduler"] == "euler"
     assert "| cpu fp32 unipc 3 |" in report["table"]
+
+
+def test_a_run_compares_with_the_reference_that_another_run_made(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "STEPS", (2, 1))
+    options: dict[str, Any] = {
+        "bundles": (bundle,),
+        "prompts": 1,
+        "reference": tmp_path / "reference.npz",
+        "out": tmp_path / "q.json",
+    }
+    first = run_quality(QualityRequest(cases=("*euler 1",), **options), clip=SMALL_CLIP)
+    again = run_quality(QualityRequest(cases=("*euler 1",), **options), clip=SMALL_CLIP)
+    assert again["reference"] == first["reference"] == "cpu fp32 unipc 2"
+    assert [row["case"] for row in again["rows"]] == ["cpu fp32 euler 1"]
+    assert again["rows"][0]["to_reference"] == first["rows"][1]["to_reference"]
+    with pytest.raises(RequestError, match="has 1 videos of 64x64x5, not these 2 prompts"):
+        run_quality(QualityRequest(**{**options, "prompts": 2}), clip=SMALL_CLIP)
+    (tmp_path / "reference.npz").write_bytes(b"PK")
+    with pytest.raises(RequestError, match="not a file of reference videos"):
+        run_quality(QualityRequest(**options), clip=SMALL_CLIP)
 
 
 def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundle: Path) -> None:

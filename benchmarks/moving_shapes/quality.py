@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.machine import machine, versions
 from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.measure import Frames
+from benchmarks.moving_shapes.reference import Reference, read_reference, write_reference
 from benchmarks.moving_shapes.score import ATTRIBUTES, ClipScore, accuracy, score_clip
 from benchmarks.moving_shapes.similarity import Similarity, compare
 from benchmarks.moving_shapes.world import ClipSize, sample_scene
@@ -43,6 +44,7 @@ class QualityRequest:
 
     Args:
         bundles: of the moving-shapes checkpoint; one of them needs a target in fp32, which the others are compared with.
+        reference: file of that target's videos; written if it is not there, else read, and then no bundle needs to be in fp32.
         prompts: how many; seed 0, 1, … each.
         cases: names, or patterns with `*`, of the rows to make beside the reference; empty for all.
         out: `.json` file or folder for the result; None for benchmarks/results/ below the current folder.
@@ -51,6 +53,7 @@ class QualityRequest:
     bundles: tuple[Path, ...]
     prompts: int = PROMPTS
     cases: tuple[str, ...] = ()
+    reference: Path | None = None
     out: Path | None = None
 
 
@@ -82,7 +85,7 @@ def run_quality(
         The result as written, its markdown under `table`; rows whose target does not run here are under `refused`.
 
     Raises:
-        RequestError: no bundle, no fp32 target to compare with, or no such case.
+        RequestError: no bundle, no fp32 target to compare with, no such case, or the reference's file cannot be used.
         BundleError: a bundle cannot be opened.
         EngineError: the fp32 target does not run on this machine.
     """
@@ -92,9 +95,12 @@ def run_quality(
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "suite": "quality", "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(), "versions": versions(_DISTRIBUTIONS), "clip": asdict(clip), "prompts": request.prompts,
-        "reference": cases[0].name, "rows": [], "refused": {},
+        "reference": cases[0].name, "rows": [], "refused": {}, "table": "",
     }  # fmt: skip
-    reference: list[Frames] = []
+    reference: Reference | None = None
+    if request.reference is not None and request.reference.exists():
+        reference = read_reference(request.reference, captions, clip)
+        report["reference"] = reference.case
     with ExitStack() as stack:
         pipeline, opened = None, None
         for case in cases:
@@ -104,14 +110,19 @@ def run_quality(
                 try:
                     pipeline = stack.enter_context(VideoPipeline.open(case.bundle, target=case.target))
                 except EngineError as error:
-                    if case is cases[0]:
+                    if reference is None:
                         raise
                     pipeline, report["refused"][f"{case.target} {case.precision}"] = None, error.message
             if pipeline is None:
                 continue
             videos = list(_videos(pipeline, case, captions, clip))
-            reference = reference or videos
-            report["rows"].append(_row(case, captions, videos, reference) | _repeated(pipeline, case, captions, clip, videos))
+            if reference is None:
+                reference = Reference(case=case.name, videos=videos)
+                if request.reference is not None:
+                    write_reference(request.reference, reference, captions, clip)
+            report["rows"].append(
+                _row(case, captions, videos, reference.videos) | _repeated(pipeline, case, captions, clip, videos)
+            )
             report["table"] = markdown_table(report["rows"])
             write_json(out, report)
             on_line(f"{case.name}: {report['rows'][-1]['accuracy']['all']:.1%} obey their prompts")
@@ -120,7 +131,7 @@ def run_quality(
 
 
 def chosen_cases(request: QualityRequest) -> list[Case]:
-    """The rows to make, the reference first.
+    """The rows to make; the reference first, unless its file is there.
 
     Raises:
         RequestError: no bundle, no fp32 target to compare with, no such case, or a number of prompts out of range.
@@ -138,7 +149,8 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
     if len({(case.target, case.precision) for case in targets}) < len(targets):
         raise BundleError("two of the bundles have the same target in the same precision", hint="name each once")
     targets.sort(key=lambda case: case.precision is not Precision.FP32)
-    if not targets or targets[0].precision is not Precision.FP32:
+    made = request.reference is not None and request.reference.exists()
+    if not made and targets[0].precision is not Precision.FP32:
         raise RequestError("none of the bundles has an fp32 target to compare with", hint="build one with `--target cpu` too")
     every = [
         Case(bundle=each.bundle, target=each.target, precision=each.precision, scheduler=scheduler, num_steps=steps)
@@ -150,7 +162,7 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
     for pattern in asked:
         if not any(fnmatch(case.name, pattern) for case in every):
             raise RequestError(f"case {pattern!r}: there is {targets[0].name} and the like", hint="* stands for anything")
-    return [case for case in every if case == every[0] or any(fnmatch(case.name, pattern) for pattern in asked)]
+    return [case for case in every if (case == every[0] and not made) or any(fnmatch(case.name, pattern) for pattern in asked)]
 
 
 def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize) -> Iterator[Frames]:
