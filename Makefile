@@ -12,9 +12,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-DEMO_PROMPT := A red fox runs through fresh snow, cinematic light
-DEMO_SIZE := 256x160
-DEMO_FRAMES := 33
+# Of the small model that ships (benchmarks/moving_shapes/checkpoint), which knows coloured shapes and nothing else.
+DEMO_PROMPT := a red circle moves right on a blue background
+DEMO_OPTIONS := --size 128x96 --frames 17 --steps 30 --guidance 3 --seed 7
 
 .PHONY: help demo test test-engines test-emulated test-gpu check format clean
 .DEFAULT_GOAL := help
@@ -22,10 +22,9 @@ DEMO_FRAMES := 33
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-demo  ## toy checkpoint → bundle → demo.mp4 and demo.png
-	$(BIN)/python -m benchmarks.toy_checkpoint demo/checkpoint
-	$(BIN)/wanrt build-engines demo/checkpoint --out demo/bundle
-	$(BIN)/wanrt run demo/bundle --prompt "$(DEMO_PROMPT)" --size $(DEMO_SIZE) --frames $(DEMO_FRAMES) --steps 8 --seed 7 --out demo.mp4
+demo: $(VENV)/.installed-demo  ## small trained checkpoint → bundle → demo.mp4 and demo.png
+	$(BIN)/wanrt build-engines benchmarks/moving_shapes/checkpoint --out demo/bundle
+	$(BIN)/wanrt run demo/bundle --prompt "$(DEMO_PROMPT)" $(DEMO_OPTIONS) --out demo.mp4
 	$(BIN)/python -m benchmarks.demo demo.mp4 --out demo.png
 
 test: $(VENV)/.installed-dev  ## all tests

@@ -5,10 +5,13 @@ python -m benchmarks.moving_shapes.card DIR/training.json --out MODEL_CARD.md
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.moving_shapes.model import SIZES
+from torch import Tensor
+
+from benchmarks.moving_shapes.model import SIZES, new_networks
 from benchmarks.moving_shapes.recipe import RECIPES, DitRecipe
 from benchmarks.moving_shapes.world import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from benchmarks.moving_shapes.world import SIZES as SHAPE_SIZES
@@ -20,7 +23,7 @@ def card(report: dict[str, Any]) -> str:
     """The card as markdown.
 
     Args:
-        report: what `training.json` holds.
+        report: what `training.json` holds; `note` and `limits` may have been added by hand.
     """
     settings, machine, stages = report["settings"], report["machine"], report["stages"]
     sizes = SIZES[settings["size"]]
@@ -39,6 +42,7 @@ def card(report: dict[str, Any]) -> str:
         f"feed-forward {dit.ffn_dim}; float16.",
         f"- Text encoder (UMT5): width {text.dim}, {text.num_layers} blocks, {text.vocab_size} tokens; bfloat16.",
         f"- VAE 2.1: base width {sizes.vae.base_dim}, {sizes.vae.z_dim} latent channels, Wan's own latent statistics; float16.",
+        f"- {sum(each.numel() for each in _parameters(settings['size'])):,} parameters in all.",
         "",
         "## Data",
         "",
@@ -48,7 +52,9 @@ def card(report: dict[str, Any]) -> str:
         "",
         "## Training",
         "",
-        f"{machine['device']}, torch {machine['torch']}, {machine['at']}; seed {settings['seed']}.",
+        f"{machine['device']}, torch {machine['torch']}, {machine['at']}; seed {settings['seed']}. "
+        "`python -m benchmarks.moving_shapes.train --out DIR --compile --workers 8` trains such a model from the beginning.",
+        *([report["note"]] if "note" in report else []),
         "",
         "| stage | steps | minutes | result |",
         "|---|---|---|---|",
@@ -67,13 +73,22 @@ def card(report: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {name} | {share:.1%} |" for name, share in found.items() if name not in ("clips", "step")),
         "",
+        "![Captions, and five frames of each clip](samples.png)",
+        "",
         "## Limits",
         "",
         "It knows the words of its grammar and nothing else; other words count as unknown. Sizes and lengths beyond the trained ones are not",
         "what it was made for. It is for demonstrations and for measuring what precision, caches and few steps do to a real model's videos.",
+        *([report["limits"]] if "limits" in report else []),
         "",
     ]
     return "\n".join(lines)
+
+
+def _parameters(size: str) -> Iterator[Tensor]:
+    networks = new_networks(SIZES[size], seed=0)
+    for network in (networks.text_encoder, networks.transformer, networks.vae):
+        yield from network.parameters()
 
 
 def _clips(recipe: DitRecipe) -> str:
