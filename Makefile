@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 
 # Of the small model that ships (benchmarks/moving_shapes/checkpoint), which knows coloured shapes and nothing else.
 DEMO_PROMPT := a red circle moves right on a blue background
-DEMO_OPTIONS := --size 128x96 --frames 17 --steps 30 --guidance 3 --seed 7
+DEMO_OPTIONS := --size 128x96 --frames 33 --steps 30 --guidance 3 --seed 8
 
 .PHONY: help demo test test-engines test-emulated test-gpu check format clean
 .DEFAULT_GOAL := help

@@ -22,6 +22,7 @@ from runtime.errors import RequestError
 from runtime.video_sinks import SINKS, PngFolder, Sink, encode_png
 
 Frames = NDArray[np.uint8]
+_SHEET_GAP = 2
 
 
 class VideoWriter:
@@ -134,7 +135,7 @@ def check_output(path: Path) -> None:
 
 
 def contact_sheet(frames: Frames, path: Path, *, columns: int) -> None:
-    """Write frames uint8 [T, H, W, 3] side by side, row by row, into one PNG; the last row is filled with black.
+    """Write frames uint8 [T, H, W, 3] side by side, row by row, into one PNG; two black pixels between them, and black where the last row ends.
 
     Raises:
         RequestError: the file cannot be written.
@@ -142,11 +143,11 @@ def contact_sheet(frames: Frames, path: Path, *, columns: int) -> None:
     count, height, width, channels = frames.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
-    cells[:count] = frames
-    sheet = (
-        cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
-    )
+    tall, wide = height + _SHEET_GAP, width + _SHEET_GAP
+    cells = np.zeros((rows * columns, tall, wide, channels), np.uint8)
+    cells[:count, :height, :width] = frames
+    sheet = cells.reshape(rows, columns, tall, wide, channels).swapaxes(1, 2).reshape(rows * tall, columns * wide, channels)
+    sheet = sheet[:-_SHEET_GAP, :-_SHEET_GAP]
     partial = _partial_path(path)
     try:
         with _disk_errors(path):

@@ -216,8 +216,10 @@ def test_frames_of_another_size_are_a_slip(tmp_path: Path, frames: Frames) -> No
 def test_contact_sheet_puts_frames_in_rows_and_fills_the_last_with_black(tmp_path: Path, frames: Frames) -> None:
     contact_sheet(frames[:5], tmp_path / "sheet.png", columns=3)
     sheet = read(tmp_path / "sheet.png")[0]
-    assert sheet.shape == (2 * HEIGHT, 3 * WIDTH, 3)
-    assert np.array_equal(sheet[:HEIGHT, 2 * WIDTH :], frames[2])
-    assert np.array_equal(sheet[HEIGHT:, WIDTH : 2 * WIDTH], frames[4])
-    assert not sheet[HEIGHT:, 2 * WIDTH :].any()
+    down, across = HEIGHT + 2, WIDTH + 2
+    assert sheet.shape == (2 * down - 2, 3 * across - 2, 3)
+    assert np.array_equal(sheet[:HEIGHT, 2 * across :], frames[2])
+    assert np.array_equal(sheet[down:, across : across + WIDTH], frames[4])
+    assert not sheet[down:, across + WIDTH :].any()
+    assert not sheet[HEIGHT:down].any()
     assert len(list(tmp_path.iterdir())) == 1
