@@ -1,12 +1,17 @@
 """The small Wan of the moving shapes: its networks are Wan's, its folder opens everywhere, its training resumes, its videos are judged."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -254,7 +259,7 @@ def test_codes_of_the_world_have_the_scales_that_they_say() -> None:
     torch.testing.assert_close(std, torch.tensor([1.0] * 3 + [0.5] * 13), rtol=0.2, atol=0)
 
 
-def toy_stage(folder: Path, steps: int) -> tuple[Stage, nn.Linear]:
+def toy_stage(folder: Path, steps: int, **options: Any) -> tuple[Stage, nn.Linear]:
     torch.manual_seed(0)
     layer = nn.Linear(2, 1)
 
@@ -264,7 +269,7 @@ def toy_stage(folder: Path, steps: int) -> tuple[Stage, nn.Linear]:
         return error
 
     length = StageLength(steps=steps)
-    return Stage({"layer": layer}, loss, learning_rate=0.05, length=length, state_file=folder / "state.pt"), layer
+    return Stage({"layer": layer}, loss, learning_rate=0.05, length=length, state_file=folder / "state.pt", **options), layer
 
 
 def test_a_stage_learns_and_ends_with_its_moving_average(tmp_path: Path) -> None:
@@ -345,15 +350,58 @@ def test_an_interrupted_training_ends_in_the_same_state(tmp_path: Path, monkeypa
             assert torch.equal(mine, other)
 
 
-def test_a_stage_that_is_told_to_stop_leaves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, layer = toy_stage(tmp_path, 9)
-    stage.step(None, ())
-    monkeypatch.setattr(loop, "_told_to_stop", True)
-    with pytest.raises(loop.StopTraining, match=r"after step 1; --resume"):
-        stage.step(None, ())
-    again, other = toy_stage(tmp_path, 9)
-    assert again.resume() and again.log.step == 1
-    assert torch.equal(other.weight, layer.weight)
+def test_a_stage_that_is_told_to_stop_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    told: list[bool] = []
+    curves = []
+    for folder, stop_after in (("whole", 99), ("stopped", 30)):
+        (tmp_path / folder).mkdir()
+        stage, _ = toy_stage(tmp_path / folder, 50, cancelled=lambda: bool(told))
+        told.clear()
+        while not stage.done:
+            if stage.log.step == stop_after:
+                told.append(True)
+                with pytest.raises(loop.StopTraining, match=r"after step 30; --resume"):
+                    stage.step(None, ())
+                stage, _ = toy_stage(tmp_path / folder, 50)
+                assert stage.resume()
+                stop_after = 99
+            stage.step(None, ())
+        curves.append([(step, loss) for step, _, loss in stage.log.losses])
+    whole, stopped = curves
+    assert [step for step, _ in stopped] == [25, 30, 50]
+    assert stopped[0] == whole[0]
+    assert (5 * stopped[1][1] + 20 * stopped[2][1]) / 25 == pytest.approx(whole[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_that_is_stopped_leaves_its_state_and_no_process(tmp_path: Path, stop: signal.Signals) -> None:
+    options = (
+        "--size tiny --recipe mini --stages encoder,decoder --scale 0.05 --device cpu --workers 1 --threads 1 --vae-minutes 60"
+    )
+    command = [sys.executable, "-m", "benchmarks.moving_shapes.train", "--out", str(tmp_path), *options.split()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None and "step " in process.stderr.readline()
+        workers = [
+            child for child in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(child.cmdline())
+        ]
+        assert workers
+        os.killpg(process.pid, stop)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == (1 if stop is signal.SIGTERM else -stop)
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    if stop is signal.SIGTERM:
+        assert "--resume goes on from there" in errors and "Traceback" not in errors
+        assert (tmp_path / "state" / "encoder.pt").exists()
+        again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert again.returncode == 2 and "is of an earlier training" in again.stderr
+
+
+@pytest.mark.parametrize("option", ["--vae-steps 0", "--dit-minutes 0", "--dit-minutes -1"])
+def test_a_stage_without_length_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "out"), *option.split()])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_command_trains_all_stages_and_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

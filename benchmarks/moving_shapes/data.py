@@ -1,13 +1,14 @@
 """Training data: endless chunks of scenes and captions, made by worker processes in a fixed order; frames are drawn where they are used."""
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from random import Random
-from signal import SIG_IGN, SIGINT, SIGTERM, signal
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -82,9 +83,17 @@ def _tokenizer() -> Any:
     return build_tokenizer()
 
 
-def _leave_signals_to_parent() -> None:
-    for number in (SIGINT, SIGTERM):
-        signal(number, SIG_IGN)
+def _follow_parent() -> None:
+    """A worker gets no signal of its parent's group, and ends when the parent does."""
+    os.setsid()
+    Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class ChunkStream:
@@ -98,7 +107,7 @@ class ChunkStream:
         self._seed, self._choice, self._next = seed, choice, first
         self._pool: ProcessPoolExecutor | None = None
         if workers:
-            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_signals_to_parent)
+            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
         self._ahead: deque[Future[Chunk]] = deque()
         self._depth = 3 * workers
 

@@ -40,6 +40,7 @@ def train_dit(
     resume: bool,
     scale: float = 1.0,
     graphs: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
     every_seconds: float = float("inf"),
     on_look: Callable[[StageLog], None] = lambda _: None,
 ) -> StageLog:
@@ -48,6 +49,7 @@ def train_dit(
     Args:
         scale: of the batches; less than 1 for a trial.
         graphs: replay steps as CUDA graphs on a GPU.
+        cancelled: see `Stage`.
         on_look: called every so many seconds, while the networks have their moving averages.
     """
     device = next(networks.transformer.parameters()).device
@@ -62,6 +64,7 @@ def train_dit(
         length=length,
         state_file=state_file,
         graphs=graphs,
+        cancelled=cancelled,
     )
     if resume:
         stage.resume()

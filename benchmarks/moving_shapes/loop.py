@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -30,8 +31,12 @@ _SAY_EVERY_S = 15.0
 class StageLength:
     """A stage ends after so many steps, or so many minutes if that is sooner; the learning rate falls with whichever is nearer."""
 
-    steps: float = math.inf
+    steps: float = math.inf  # a number of them, unless the clock alone decides
     minutes: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.steps == self.minutes == math.inf:
+            raise ValueError("a stage needs an end")
 
     def progress(self, step: int, seconds: float) -> float:
         """0 at the beginning, 1 at the end."""
@@ -61,6 +66,7 @@ class Stage:
         muon_rate: the same of Muon, which then takes the matrices; None leaves them to AdamW.
         without_muon: names of modules whose matrices AdamW has in any case.
         graphs: on a GPU, replay steps as CUDA graphs, one for each kind of batch.
+        cancelled: asked before every step; once it is true the state is written and `StopTraining` raised.
     """
 
     def __init__(
@@ -74,10 +80,12 @@ class Stage:
         muon_rate: float | None = None,
         without_muon: Collection[str] = (),
         graphs: bool = True,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self.log = StageLog()
         self.modules, self.length = modules, length
         self._loss, self._learning_rate, self._state_file = loss, learning_rate, state_file
+        self._cancelled = cancelled
         self._parameters = [parameter for module in modules.values() for parameter in module.parameters()]
         self._device = self._parameters[0].device
         self._on_gpu = self._device.type == "cuda"
@@ -112,9 +120,11 @@ class Stage:
         """One update; now and then the state is written.
 
         Raises:
-            StopTraining: the process was told to end (`stop_when_told`).
+            StopTraining: it was cancelled.
         """
-        if _told_to_stop:
+        if self._cancelled():
+            if self.log.step > (self.log.losses[-1][0] if self.log.losses else 0):
+                self._note()  # the state has no sum of losses
             self.save()
             raise StopTraining(f"stopped after step {self.log.step}; --resume goes on from there")
         self._set_rates()
@@ -253,16 +263,14 @@ class Stage:
                 parameter.copy_(value)
 
 
-_told_to_stop = False
-
-
-def stop_when_told() -> None:
-    """From now on SIGTERM and Ctrl-C let the present step end and the state be written; a second Ctrl-C ends the process at once."""
+def stop_when_told() -> Callable[[], bool]:
+    """From now on SIGTERM and Ctrl-C only make the returned function say true; a second Ctrl-C ends the process at once."""
+    told = Event()
 
     def stop(number: int, frame: object) -> None:
-        global _told_to_stop
-        _told_to_stop = True
+        told.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    return told.is_set

@@ -1,9 +1,9 @@
 """Trains the small Wan of the moving shapes: the two halves of the VAE, then text encoder and transformer together.
 
-    python -m benchmarks.moving_shapes.train --out DIR [--size mini] [--resume] [--vae-minutes 2] [--dit-minutes 4]
+    python -m benchmarks.moving_shapes.train --out DIR [--size mini] [--resume] [--vae-minutes 4] [--dit-minutes 14]
 
 In DIR afterwards: `checkpoint/` in Wan2.1's own layout, `training.json` with settings, loss curves and accuracy, `samples.png`, and
-`state/`, which `--resume` continues from, also after SIGTERM or Ctrl-C. A stage without `--…-minutes` ends by its steps.
+`state/`, which `--resume` continues from, also after SIGTERM or Ctrl-C, which end a step first. Without `--…-minutes` stages end by steps.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ _VAE_STEPS, _DIT_STEPS = 6000, 60_000
 _ENCODER_SHARE = 0.25  # of the decoder's steps and minutes: codes are linear
 
 
-def main() -> None:
+def main(cancelled: Callable[[], bool] = lambda: False) -> None:
     """Command line of this module."""
     asked = _parse()
     try:
-        _train(asked)
+        _train(asked, cancelled)
     except StopTraining as stopped:
         sys.exit(f"train: {stopped}")
 
 
-def _train(asked: argparse.Namespace) -> None:
+def _train(asked: argparse.Namespace, cancelled: Callable[[], bool]) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
     if asked.threads:
@@ -64,6 +65,7 @@ def _train(asked: argparse.Namespace) -> None:
         "resume": asked.resume,
         "scale": asked.scale,
         "graphs": not asked.no_graphs,
+        "cancelled": cancelled,
     }
     for half in _HALVES:
         if half in asked.stages:
@@ -117,10 +119,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", choices=list(RECIPES), help="of another size, such as that for CPU cores (default: the size's)"
     )
-    parser.add_argument("--vae-steps", type=int, help=f"of the decoder; the encoder has {_ENCODER_SHARE:.0%} of them")
-    parser.add_argument("--dit-steps", type=int)
-    parser.add_argument("--vae-minutes", type=float, help="end the decoder by then, and the encoder likewise")
-    parser.add_argument("--dit-minutes", type=float, help="end by then")
+    parser.add_argument("--vae-steps", type=_count, help=f"of the decoder ({_VAE_STEPS:,}); the encoder has a quarter")
+    parser.add_argument("--dit-steps", type=_count, help=f"({_DIT_STEPS:,})")
+    parser.add_argument("--vae-minutes", type=_minutes, help="end the decoder by then, the encoder by a quarter of it")
+    parser.add_argument("--dit-minutes", type=_minutes, help="end by then")
     parser.add_argument("--scale", type=float, default=1.0, help="of the batches")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself instead of CUDA graphs")
     parser.add_argument(
@@ -139,15 +141,33 @@ def _parse() -> argparse.Namespace:
         parser.error(f"--stages {unknown.pop()}: there is {', '.join(_STAGES)}")
     if asked.start_from is None and not set(_HALVES) <= set(asked.stages):
         parser.error("without both halves of the VAE in --stages, --start-from has to bring them")
+    for stage in asked.stages:
+        if not asked.resume and (state := asked.out / "state" / f"{stage}.pt").exists():
+            parser.error(f"{state} is of an earlier training: go on with it by --resume, or name another --out")
     asked.out.mkdir(parents=True, exist_ok=True)
     return asked
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: need 1 or more")
+    return number
+
+
+def _minutes(text: str) -> float:
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: need more than 0")
+    return number
 
 
 def _length(steps: int | None, minutes: float | None, usual: int, *, share: float = 1) -> StageLength:
     """What was asked for, or the usual number of steps if nothing was."""
     if steps is None and minutes is None:
         steps = usual
-    return StageLength(steps=max(1, round(share * steps)) if steps else math.inf, minutes=share * (minutes or math.inf))
+    return StageLength(
+        steps=math.inf if steps is None else max(1, round(share * steps)),
+        minutes=math.inf if minutes is None else share * minutes,
+    )
 
 
 @torch.no_grad()
@@ -168,7 +188,8 @@ def _curve(log: StageLog) -> dict[str, Any]:
 
 
 def _settings(asked: argparse.Namespace) -> dict[str, Any]:
-    return {name: value if isinstance(value, int | float) else str(value) for name, value in vars(asked).items()}
+    told = {name: value for name, value in vars(asked).items() if name not in ("out", "start_from")}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in told.items()}
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -183,5 +204,4 @@ def _say(stage: str, log: StageLog, facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    stop_when_told()
-    main()
+    main(stop_when_told())

@@ -1,7 +1,7 @@
 """Trains the VAE: an encoder that finds each block's code, and a decoder that makes sharp frames of codes with some noise, which is what a
 diffusion model leaves in them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
@@ -36,12 +36,14 @@ def train_half(
     resume: bool,
     scale: float = 1.0,
     graphs: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> StageLog:
     """Train one half of the VAE until the stage is over; it then has its moving averages. Codes lie between the halves, which never meet.
 
     Args:
         scale: of the batches; less than 1 for a trial.
         graphs: replay steps as CUDA graphs on a GPU.
+        cancelled: see `Stage`.
     """
     device = next(vae.parameters()).device
 
@@ -61,6 +63,7 @@ def train_half(
         length=length,
         state_file=state_file,
         graphs=graphs,
+        cancelled=cancelled,
     )
     if resume:
         stage.resume()
