@@ -135,7 +135,7 @@ def check_output(path: Path) -> None:
 
 
 def contact_sheet(frames: Frames, path: Path, *, columns: int) -> None:
-    """Write frames uint8 [T, H, W, 3] side by side, row by row, into one PNG; two black pixels between them, and black where the last row ends.
+    """Write frames uint8 [T, H, W, 3] row by row into one PNG, black between them and where the last row ends.
 
     Raises:
         RequestError: the file cannot be written.

@@ -21,17 +21,19 @@ from benchmarks.moving_shapes import codes, dit_stage, loop, quality, train, vae
 from benchmarks.moving_shapes.card import card
 from benchmarks.moving_shapes.data import Bucket, ChunkStream, buckets, make_chunk
 from benchmarks.moving_shapes.diffusers_loader import open_pipeline
+from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.loop import Stage, StageLength, StageLog
 from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
 from benchmarks.moving_shapes.muon import Muon, weight_matrices
 from benchmarks.moving_shapes.quality import QualityRequest, chosen_cases, run_quality
 from benchmarks.moving_shapes.recipe import RECIPES, DitRecipe, Recipe, VaeRecipe
+from benchmarks.moving_shapes.reference import Reference, write_reference
 from benchmarks.moving_shapes.render import draw, scene_arrays
 from benchmarks.moving_shapes.tokenizer import build_tokenizer, token_ids
 from benchmarks.moving_shapes.world import ClipSize, Kind, sample_scene
 from export.build import BuildRequest, build_bundle
 from export.checkpoint import open_checkpoint
-from runtime.errors import RequestError
+from runtime.errors import EngineError, RequestError
 from runtime.pipeline import VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.schedulers import Conventions
@@ -488,9 +490,36 @@ def test_a_run_compares_with_the_reference_that_another_run_made(
     assert again["rows"][0]["to_reference"] == first["rows"][1]["to_reference"]
     with pytest.raises(RequestError, match="has 1 videos of 64x64x5, not these 2 prompts"):
         run_quality(QualityRequest(**{**options, "prompts": 2}), clip=SMALL_CLIP)
-    (tmp_path / "reference.npz").write_bytes(b"PK")
+    whole = (tmp_path / "reference.npz").read_bytes()
+    middle = len(whole) // 2
+    for damaged in (b"PK", whole[:-40], whole[:middle] + bytes(20) + whole[middle + 20 :]):
+        (tmp_path / "reference.npz").write_bytes(damaged)
+        with pytest.raises(RequestError, match="not a file of reference videos"):
+            run_quality(QualityRequest(**options), clip=SMALL_CLIP)
+    about = {"case": "x", "captions": [""], "clip": {"width": 64, "height": 64, "num_frames": 5}}
+    np.savez(tmp_path / "reference.npz", about=np.array(json.dumps(about)), videos=np.zeros(1))
     with pytest.raises(RequestError, match="not a file of reference videos"):
         run_quality(QualityRequest(**options), clip=SMALL_CLIP)
+    with pytest.raises(RequestError, match="no folder that can be written to"):
+        run_quality(QualityRequest(**{**options, "reference": tmp_path / "missing" / "reference.npz"}), clip=SMALL_CLIP)
+
+
+def test_a_machine_that_runs_none_of_the_targets_gets_an_error_and_no_result(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = [caption_of(sample_scene(0, SMALL_CLIP))]
+    write_reference(
+        tmp_path / "r.npz", Reference(case="cpu", videos=[np.zeros((5, 64, 64, 3), np.uint8)]), captions, SMALL_CLIP
+    )
+
+    def refuse(*args: object, **options: object) -> None:
+        raise EngineError("no such device", hint="buy one")
+
+    monkeypatch.setattr(VideoPipeline, "open", refuse)
+    request = QualityRequest(bundles=(bundle,), prompts=1, reference=tmp_path / "r.npz", out=tmp_path / "q.json")
+    with pytest.raises(EngineError, match="no such device"):
+        run_quality(request, clip=SMALL_CLIP)
+    assert not (tmp_path / "q.json").exists()
 
 
 def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundle: Path) -> None:

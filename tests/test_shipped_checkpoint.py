@@ -1,4 +1,4 @@
-"""The trained checkpoint that ships: small, described, the same video in diffusers, and a demo that shows what its prompt says."""
+"""The trained checkpoint that ships: small, described, the same in diffusers, and its demo shows what the prompt says."""
 
 import json
 import re

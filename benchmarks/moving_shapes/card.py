@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from torch import Tensor
@@ -17,13 +18,14 @@ from benchmarks.moving_shapes.world import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from benchmarks.moving_shapes.world import SIZES as SHAPE_SIZES
 
 _CURVE_POINTS = 12
+_WIDTH = 140
 
 
 def card(report: dict[str, Any]) -> str:
     """The card as markdown.
 
     Args:
-        report: what `training.json` holds; `note` and `limits` may have been added by hand.
+        report: what `training.json` holds; `note` and `limits` are a person's words about it.
     """
     settings, machine, stages = report["settings"], report["machine"], report["stages"]
     sizes = SIZES[settings["size"]]
@@ -33,7 +35,7 @@ def card(report: dict[str, Any]) -> str:
         "# Moving shapes: a small Wan2.1",
         "",
         "A text-to-video model of exactly Wan2.1's architecture and file layout, small enough to ship.",
-        "It was trained from scratch on generated clips.",
+        "It was trained on generated clips and nothing else.",
         "Licence: this project's, Apache-2.0.",
         "",
         "## Sizes",
@@ -82,7 +84,7 @@ def card(report: dict[str, Any]) -> str:
         *([report["limits"]] if "limits" in report else []),
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith(("|", "-")) else fill(line, _WIDTH, break_long_words=False) for line in lines)
 
 
 def _parameters(size: str) -> Iterator[Tensor]:

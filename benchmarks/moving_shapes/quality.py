@@ -1,7 +1,7 @@
 """The quality suite: the same prompts and seeds through every target, precision, scheduler and number of steps.
 
 Every video is scored against its prompt and compared with the fp32 video of the same seed at 50 steps of UniPC, the original repositories'
-default. A part is made twice, identically: what differs then is the noise floor.
+default, made by this run or by an earlier one (`reference`). A part is made twice, identically: what differs then is the noise floor.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.machine import machine, versions
 from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.measure import Frames
-from benchmarks.moving_shapes.reference import Reference, read_reference, write_reference
+from benchmarks.moving_shapes.reference import Reference, check_place, read_reference, write_reference
 from benchmarks.moving_shapes.score import ATTRIBUTES, ClipScore, accuracy, score_clip
 from benchmarks.moving_shapes.similarity import Similarity, compare
 from benchmarks.moving_shapes.world import ClipSize, sample_scene
@@ -43,8 +43,8 @@ class QualityRequest:
     """What to judge.
 
     Args:
-        bundles: of the moving-shapes checkpoint; one of them needs a target in fp32, which the others are compared with.
-        reference: file of that target's videos; written if it is not there, else read, and then no bundle needs to be in fp32.
+        bundles: of the moving-shapes checkpoint. One needs a target in fp32, which the others are compared with, unless `reference` is there.
+        reference: file of that target's videos; written if it is not there, else read.
         prompts: how many; seed 0, 1, … each.
         cases: names, or patterns with `*`, of the rows to make beside the reference; empty for all.
         out: `.json` file or folder for the result; None for benchmarks/results/ below the current folder.
@@ -87,7 +87,7 @@ def run_quality(
     Raises:
         RequestError: no bundle, no fp32 target to compare with, no such case, or the reference's file cannot be used.
         BundleError: a bundle cannot be opened.
-        EngineError: the fp32 target does not run on this machine.
+        EngineError: the fp32 target does not run on this machine, or none does.
     """
     cases = chosen_cases(request)
     out = result_file(request.out, "quality")
@@ -98,11 +98,13 @@ def run_quality(
         "reference": cases[0].name, "rows": [], "refused": {}, "table": "",
     }  # fmt: skip
     reference: Reference | None = None
-    if request.reference is not None and request.reference.exists():
+    if request.reference is not None and _made(request):
         reference = read_reference(request.reference, captions, clip)
         report["reference"] = reference.case
+    elif request.reference is not None:
+        check_place(request.reference)
     with ExitStack() as stack:
-        pipeline, opened = None, None
+        pipeline, opened, refusal = None, None, None
         for case in cases:
             if opened != (case.bundle, case.target):
                 stack.close()
@@ -112,6 +114,7 @@ def run_quality(
                 except EngineError as error:
                     if reference is None:
                         raise
+                    refusal = error
                     pipeline, report["refused"][f"{case.target} {case.precision}"] = None, error.message
             if pipeline is None:
                 continue
@@ -126,6 +129,9 @@ def run_quality(
             report["table"] = markdown_table(report["rows"])
             write_json(out, report)
             on_line(f"{case.name}: {report['rows'][-1]['accuracy']['all']:.1%} obey their prompts")
+    if refusal is not None and not report["rows"]:
+        raise refusal
+    write_json(out, report)
     on_line(f"result in {out}")
     return report
 
@@ -149,7 +155,7 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
     if len({(case.target, case.precision) for case in targets}) < len(targets):
         raise BundleError("two of the bundles have the same target in the same precision", hint="name each once")
     targets.sort(key=lambda case: case.precision is not Precision.FP32)
-    made = request.reference is not None and request.reference.exists()
+    made = _made(request)
     if not made and targets[0].precision is not Precision.FP32:
         raise RequestError("none of the bundles has an fp32 target to compare with", hint="build one with `--target cpu` too")
     every = [
@@ -163,6 +169,11 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
         if not any(fnmatch(case.name, pattern) for case in every):
             raise RequestError(f"case {pattern!r}: there is {targets[0].name} and the like", hint="* stands for anything")
     return [case for case in every if (case == every[0] and not made) or any(fnmatch(case.name, pattern) for pattern in asked)]
+
+
+def _made(request: QualityRequest) -> bool:
+    """Whether an earlier run made the reference."""
+    return request.reference is not None and request.reference.exists()
 
 
 def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize) -> Iterator[Frames]:

@@ -1,8 +1,9 @@
-"""The quality suite's reference videos in a file, so that runs on other machines and of other days compare with the same ones."""
+"""The quality suite's reference videos in a file: runs of other days and on other machines compare with the same ones."""
 
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from benchmarks.moving_shapes.measure import Frames
 from benchmarks.moving_shapes.world import ClipSize
 from runtime.errors import RequestError
 
-_AGAIN = "let a run with an fp32 bundle write another one: name a file that is not there yet"
+_OTHER = "choose another file with --reference"
+_AGAIN = "let a run with an fp32 bundle write one: name a file that is not there yet"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -29,8 +31,18 @@ class Reference:
     videos: Sequence[Frames]
 
 
+def check_place(path: Path) -> None:
+    """See that a reference can go there, before any video is made.
+
+    Raises:
+        RequestError: its folder is not there or not writable.
+    """
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise RequestError(f"{path}: {path.parent} is no folder that can be written to", hint=_OTHER)
+
+
 def write_reference(path: Path, reference: Reference, captions: Sequence[str], clip: ClipSize) -> None:
-    """Write the videos; the file appears whole.
+    """Write the videos; the file appears whole or not at all.
 
     Raises:
         RequestError: the file cannot be written.
@@ -42,11 +54,13 @@ def write_reference(path: Path, reference: Reference, captions: Sequence[str], c
             np.savez_compressed(file, about=np.array(about), videos=np.stack(list(reference.videos)))
         os.replace(partial, path)
     except OSError as exc:
-        raise RequestError(f"{path}: cannot be written: {exc.strerror}", hint="choose another file with --reference") from exc
+        raise RequestError(f"{path}: cannot be written: {exc.strerror}", hint=_OTHER) from exc
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_reference(path: Path, captions: Sequence[str], clip: ClipSize) -> Reference:
-    """Read what `write_reference` wrote.
+    """Read what `write_reference` wrote. That it is of the same checkpoint is the caller's word.
 
     Raises:
         RequestError: the file cannot be read, or has videos of other prompts or another size.
@@ -54,11 +68,18 @@ def read_reference(path: Path, captions: Sequence[str], clip: ClipSize) -> Refer
     try:
         with np.load(path, allow_pickle=False) as stored:
             about, videos = json.loads(str(stored["about"])), stored["videos"]
-            case, its_captions, its_clip = about["case"], about["captions"], ClipSize(**about["clip"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as exc:
+        case, found, size = str(about["case"]), list(about["captions"]), ClipSize(**about["clip"])
+        whole = videos.dtype == np.uint8 and videos.shape == (len(found), size.num_frames, size.height, size.width, 3)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as exc:
+        raise RequestError(f"{path}: cannot be read: {exc.strerror}", hint=_OTHER) from exc
+    except (
+        OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
+    ) as exc:  # fmt: skip
         raise RequestError(f"{path}: not a file of reference videos", hint=_AGAIN) from exc
-    if its_clip != clip or its_captions != list(captions) or len(videos) != len(captions):
+    if not whole:
+        raise RequestError(f"{path}: not a file of reference videos", hint=_AGAIN)
+    if size != clip or found != list(captions):
         raise RequestError(
-            f"{path}: has {len(videos)} videos of {its_clip}, not these {len(captions)} prompts at {clip}", hint=_AGAIN
+            f"{path}: has {len(found)} videos of {size}, not these {len(captions)} prompts at {clip}", hint=_AGAIN
         )
     return Reference(case=case, videos=videos)

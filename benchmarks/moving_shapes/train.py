@@ -107,7 +107,11 @@ def _parse() -> argparse.Namespace:
         prog="python -m benchmarks.moving_shapes.train", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--resume", action="store_true", help="continue from DIR/state")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from DIR/state; change lengths only in their first half",
+    )
     parser.add_argument("--start-from", type=Path, metavar="CHECKPOINT", help="begin with the weights of such a folder")
     parser.add_argument(
         "--stages",
