@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from runtime.backends.cuda.convolution import Convolution
 from runtime.backends.cuda.device import Device, DeviceArray
+from runtime.backends.cuda.launch import Clearing
 from runtime.errors import EngineError
 from runtime.specs import DType
 from tests.harness import relative_error
@@ -74,6 +75,30 @@ def test_convolution_matches_torch(device: Device, convolution: Convolution, cas
     first = device.to_host(out)
     convolution.run(*operands, out, **given)
     np.testing.assert_array_equal(device.to_host(out), first)
+
+
+@pytest.mark.parametrize("size", [(12, 20), (36, 64)], ids=str)
+def test_a_residual_may_be_what_the_convolution_in_front_makes(
+    device: Device, convolution: Convolution, size: tuple[int, int]
+) -> None:
+    """As a residual block with a shortcut asks for. Kernels follow each other at once only while the stream is behind the host."""
+    from cuda.bindings import driver
+
+    operands = put(device, noise((4, *size, 48), 0)), put(device, noise((48, 3, 3, 3, 48), 1)), put(device, noise((48,), 2))
+    shortcut = put(device, noise((2, *size, 96), 3)), put(device, noise((48, 1, 1, 1, 96), 4)), put(device, noise((48,), 5))
+    made, out = (device.empty((2, *size, 48), DType.BF16) for _ in range(2))
+    convolution.run(*operands, made, pads=(1, 1, 1, 1))
+    device.synchronize()
+    convolution.run(*shortcut, out, residual=made)
+    expected = device.to_host(out)
+    busy = Clearing(driver, device.empty((1 << 27,), DType.F8_E4M3), device.stream)
+    forget = Clearing(driver, made, device.stream)
+    for _ in range(5):
+        for call in [busy] * 32 + [forget]:
+            device.calls.put(call)
+        convolution.run(*operands, made, pads=(1, 1, 1, 1))
+        convolution.run(*shortcut, out, residual=made)
+        np.testing.assert_array_equal(device.to_host(out), expected)
 
 
 def test_shapes_that_do_not_fit_are_refused(device: Device, convolution: Convolution) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from runtime.backends.cuda.cudnn import MOST_GRAPHS, MOST_WORKSPACE_BYTES, GraphCall, open_cudnn
 from runtime.backends.cuda.device import Device, DeviceArray
+from runtime.backends.cuda.launch import Clearing
 from runtime.backends.cuda.recent import recall
 from runtime.errors import EngineError
 from runtime.specs import DType
@@ -46,10 +47,14 @@ class Convolution:
     """
 
     def __init__(self, device: Device) -> None:
+        from cuda.bindings import driver
+
         self._device = device
         self._cudnn, self._handle = open_cudnn(device)
         self._graphs: dict[_Problem, tuple[Any, int]] = {}
         self._workspace = device.empty((1,), DType.F8_E4M3)
+        self._fence_byte = device.empty((1,), DType.F8_E4M3)
+        self._fence = Clearing(driver, self._fence_byte, device.stream)
 
     def run(
         self,
@@ -81,6 +86,9 @@ class Convolution:
         pointers = {_X: x.pointer, _WEIGHT: weight.pointer, _BIAS: bias.pointer, _OUT: out.pointer}
         if residual is not None:
             pointers[_RESIDUAL] = residual.pointer
+            # cuDNN 9.19's engine 4 starts before the convolution in front of it has ended, and does not wait for it before it reads its
+            # residual. It cannot start before a memset behind that convolution.
+            self._device.calls.put(self._fence)
         self._device.calls.put(GraphCall(problem, partial(self._execute, graph, index), pointers))
 
     def close(self) -> None:

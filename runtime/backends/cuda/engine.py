@@ -83,6 +83,9 @@ class CudaBackend:
 
     def __init__(self, kernels: Mapping[str, bytes], *, attention: Precision = Precision.BF16) -> None:
         self.attention = attention
+        self._plans: dict[
+            Path, Plan
+        ] = {}  # as their files had them when they were first opened: each generation opens all engines anew
         self.device = self._open_device()
         try:
             self._libraries = self._open_libraries(kernels)
@@ -132,13 +135,9 @@ class CudaBackend:
         return Libraries(self.device, kernels)
 
     def open_engine(self, path: Path, stage: StageSpec) -> CudaEngine:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise EngineError(f"{stage.name}: {path.name} cannot be read: {exc}", hint=REBUILD) from exc
-        plan = strict_json.decode(
-            Plan, text, error=lambda message: EngineError(f"{stage.name}: {path.name}: {message}", hint=REBUILD)
-        )
+        plan = self._plans.get(path)
+        if plan is None:
+            plan = self._plans[path] = _read_plan(path, stage.name)
         if plan.version != PLAN_VERSION or plan.stage != stage.name:
             raise EngineError(
                 f"{path.name}: plan version {plan.version} of {plan.stage}, expected {PLAN_VERSION} of {stage.name}",
@@ -253,6 +252,16 @@ class CudaBackend:
     def _gemv(self, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, out: DeviceArray, *, silu_input: bool) -> None:
         # a plan may declare one row of outputs as several, as the six rows of modulation
         self._libraries.kernels.gemv(x, weight, bias, out=out.reshape(x.shape[0], weight.shape[0]), silu_input=silu_input)
+
+
+def _read_plan(path: Path, stage_name: str) -> Plan:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise EngineError(f"{stage_name}: {path.name} cannot be read: {exc}", hint=REBUILD) from exc
+    return strict_json.decode(
+        Plan, text, error=lambda message: EngineError(f"{stage_name}: {path.name}: {message}", hint=REBUILD)
+    )
 
 
 def _arguments(step: Step) -> dict[str, Any]:
