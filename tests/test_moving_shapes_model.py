@@ -8,6 +8,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from runtime.errors import EngineError, RequestError
 from runtime.pipeline import VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.schedulers import Conventions
+from runtime.specs import Precision
 from tests.conftest import Refuses
 from tests.tolerances import TOLERANCES
 
@@ -529,6 +531,27 @@ def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundl
     assert [case.name for case in chosen_cases(QualityRequest(bundles=(bundle,), cases=("cpu fp32 euler 4",)))] == [
         "cpu fp32 unipc 50", "cpu fp32 euler 4",
     ]  # fmt: skip
+
+
+def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(folder: Path) -> Any:
+        targets = {
+            "cuda": SimpleNamespace(precision=Precision(folder.name)),
+            "emulated": SimpleNamespace(precision=Precision.BF16),
+        }
+        return SimpleNamespace(manifest=SimpleNamespace(targets=targets if folder.name == "fp8" else {"cuda": targets["cuda"]}))
+
+    monkeypatch.setattr(quality, "open_bundle", opened)
+    (tmp_path / "reference.npz").touch()
+    request = QualityRequest(
+        bundles=(tmp_path / "fp8", tmp_path / "bf16"), reference=tmp_path / "reference.npz", cases=("* unipc 20",)
+    )
+    assert {case.name: case.attention for case in chosen_cases(request)} == {
+        "cuda fp8 unipc 20": None,
+        "cuda fp8 fp8-attention unipc 20": Precision.FP8,
+        "emulated bf16 unipc 20": None,
+        "cuda bf16 unipc 20": None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ default, made by this run or by an earlier one (`reference`). A part is made twi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,9 +22,10 @@ from benchmarks.moving_shapes.score import ATTRIBUTES, ClipScore, accuracy, scor
 from benchmarks.moving_shapes.similarity import Similarity, compare
 from benchmarks.moving_shapes.world import ClipSize, sample_scene
 from benchmarks.result_file import result_file, write_json
+from runtime.backends import RUNTIME_TARGETS
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError, EngineError, RequestError
-from runtime.pipeline import VideoPipeline
+from runtime.pipeline import Video, VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.schedulers import SchedulerName
 from runtime.specs import Precision
@@ -59,17 +60,23 @@ class QualityRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row of the report."""
+    """One row of the report.
+
+    Args:
+        attention: precision of self-attention's products where it is not the target's default.
+    """
 
     bundle: Path
     target: str
     precision: Precision
+    attention: Precision | None = None
     scheduler: SchedulerName = SchedulerName.UNIPC
     num_steps: int = STEPS[0]
 
     @property
     def name(self) -> str:
-        return f"{self.target} {self.precision} {self.scheduler} {self.num_steps}"
+        attention = "" if self.attention is None else f" {self.attention}-attention"
+        return f"{self.target} {self.precision}{attention} {self.scheduler} {self.num_steps}"
 
 
 def run_quality(
@@ -118,13 +125,16 @@ def run_quality(
                     pipeline, report["refused"][f"{case.target} {case.precision}"] = None, error.message
             if pipeline is None:
                 continue
-            videos = list(_videos(pipeline, case, captions, clip))
+            made = list(_videos(pipeline, case, captions, clip))
+            videos = [video.frames for video in made]
             if reference is None:
                 reference = Reference(case=case.name, videos=videos)
                 if request.reference is not None:
                     write_reference(request.reference, reference, captions, clip)
             report["rows"].append(
-                _row(case, captions, videos, reference.videos) | _repeated(pipeline, case, captions, clip, videos)
+                _row(case, captions, videos, reference.videos)
+                | _device(made)
+                | _repeated(pipeline, case, captions, clip, videos)
             )
             report["table"] = markdown_table(report["rows"])
             write_json(out, report)
@@ -159,8 +169,9 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
     if not made and targets[0].precision is not Precision.FP32:
         raise RequestError("none of the bundles has an fp32 target to compare with", hint="build one with `--target cpu` too")
     every = [
-        Case(bundle=each.bundle, target=each.target, precision=each.precision, scheduler=scheduler, num_steps=steps)
+        replace(each, attention=attention, scheduler=scheduler, num_steps=steps)
         for each in targets
+        for attention in _attentions(each)
         for scheduler in SchedulerName
         for steps in STEPS
     ]
@@ -171,12 +182,20 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
     return [case for case in every if (case == every[0] and not made) or any(fnmatch(case.name, pattern) for pattern in asked)]
 
 
+def _attentions(case: Case) -> tuple[Precision | None, ...]:
+    """The target's default, and what else it has beside FP8 products."""
+    if case.precision is not Precision.FP8:
+        return (None,)
+    others = (target.attention(case.precision)[1:] for target in RUNTIME_TARGETS if target.name == case.target)
+    return (None, *next(others, ()))
+
+
 def _made(request: QualityRequest) -> bool:
     """Whether an earlier run made the reference."""
     return request.reference is not None and request.reference.exists()
 
 
-def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize) -> Iterator[Frames]:
+def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize) -> Iterator[Video]:
     for seed, caption in enumerate(captions):
         yield pipeline.generate(
             GenerateRequest(
@@ -187,17 +206,24 @@ def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: 
                 num_steps=case.num_steps,
                 scheduler=case.scheduler,
                 seed=seed,
+                attention=case.attention,
             )
-        ).frames
+        )
 
 
 def _row(case: Case, captions: Sequence[str], videos: Sequence[Frames], reference: Sequence[Frames]) -> dict[str, Any]:
     scores = [score_clip(video, caption) for video, caption in zip(videos, captions, strict=True)]
     return {
-        "case": case.name, "target": case.target, "precision": case.precision, "scheduler": case.scheduler,
-        "num_steps": case.num_steps, "accuracy": accuracy(scores), "wrong": _wrong(captions, scores),
+        "case": case.name, "target": case.target, "precision": case.precision, "attention": case.attention,
+        "scheduler": case.scheduler, "num_steps": case.num_steps, "accuracy": accuracy(scores), "wrong": _wrong(captions, scores),
         "to_reference": _mean([compare(*pair) for pair in zip(videos, reference, strict=True)]),
     }  # fmt: skip
+
+
+def _device(videos: Sequence[Video]) -> dict[str, str]:
+    """Which GPU made them, if one did."""
+    memory = videos[0].report.device_memory
+    return {} if memory is None else {"device": memory.device}
 
 
 def _repeated(
@@ -206,7 +232,7 @@ def _repeated(
     """The noise floor, measured where a target is at its default."""
     if (case.scheduler, case.num_steps) != (SchedulerName.UNIPC, STEPS[0]):
         return {}
-    again = list(_videos(pipeline, case, captions[:_REPEATED], clip))
+    again = [video.frames for video in _videos(pipeline, case, captions[:_REPEATED], clip)]
     return {"noise_floor": _mean([compare(*pair) for pair in zip(again, videos, strict=False)])}
 
 

@@ -13,6 +13,7 @@ from runtime.pipeline import Video, VideoPipeline
 from runtime.request import GenerateRequest
 from runtime.specs import Precision
 from tests.gpu.conftest import kernels_for_this_gpu
+from tests.gpu.pace import far_ahead, one_by_one
 from tests.harness import relative_error
 from tests.tolerances import TOLERANCES
 from tests.toys import TEXT_IMAGE_TOY, TOY, ToyConfig, make_diffusers_checkpoint
@@ -84,6 +85,18 @@ def test_the_same_seed_gives_the_same_bits(built: Built) -> None:
     (first, _), (again, _) = built.run("cuda"), built.run("cuda")
     np.testing.assert_array_equal(first.latents, again.latents)
     np.testing.assert_array_equal(first.frames, again.frames)
+
+
+@pytest.mark.parametrize("attention", [Precision.BF16, Precision.FP8])
+def test_the_bits_are_those_of_one_call_at_a_time(built: Built, attention: Precision) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        one_by_one(patch)
+        expected, _ = built.run("cuda", attention=attention)
+    with pytest.MonkeyPatch.context() as patch:
+        far_ahead(patch)
+        ours, _ = built.run("cuda", attention=attention)
+    np.testing.assert_array_equal(ours.latents, expected.latents)
+    np.testing.assert_array_equal(ours.frames, expected.frames)
 
 
 def test_fp8_attention_is_an_option_of_the_request(built: Built) -> None:

@@ -168,7 +168,7 @@ class Module:
         suffix = "" if only_aligned else "_unaligned" if not aligned else "" if full else "_ragged"
         function = self._function(f"{name}{suffix}")
         self._device.calls.put(
-            _Launch(name, self._driver.cuLaunchKernel, function, (blocks, threads), self._device.stream, packed, pointers)
+            Launch(name, self._driver.cuLaunchKernel, function, (blocks, threads), self._device.stream, packed, pointers)
         )
 
     def _function(self, name: str) -> Any:
@@ -184,7 +184,7 @@ class Module:
         return function
 
 
-class _Launch:
+class Launch:
     """One kernel with its arguments (`runtime.backends.cuda.calls.Call`).
 
     Args:
