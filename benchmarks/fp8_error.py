@@ -2,6 +2,7 @@
 
     python -m benchmarks.fp8_error [--case small] [--weights random] [--out FILE]
 
+Weights are random, or, in the case `moving-shapes`, those of the trained model that ships, with captions and the suite's clip size.
 The modules are this project's, the numbers the `cuda` target's (`benchmarks.fp8_numerics`), loop and solver the runtime's. It runs on
 a GPU where torch has one. Each row of the table narrows something else; the last ones narrow all products but some. Errors are
 relative, in norm: of one prediction from the latents that the float32 run has at its first, middle and last step, and of the latents
@@ -23,6 +24,9 @@ import torch
 from benchmarks.fp8_numerics import ATTENTION_PARTS, PRODUCTS, Numerics
 from benchmarks.gpu import relative_error
 from benchmarks.machine import machine, versions
+from benchmarks.moving_shapes import trained
+from benchmarks.moving_shapes.sampler import prompts
+from benchmarks.moving_shapes.world import ClipSize
 from benchmarks.outliers import WEIGHTS
 from benchmarks.result_file import result_file, write_json
 from benchmarks.torch_backend import WeightForms, torch_component
@@ -34,18 +38,26 @@ from runtime.variants import VARIANTS, Expert, TransformerArch
 
 SHIFT, GUIDANCE = 5.0, 5.0  # Wan2.1's at 480p
 PROMPT_TOKENS = (12, 40)  # of the prompt and of the negative one
+TRAINED = "trained"
 _ALL = frozenset(PRODUCTS)
 _WHOLE_ATTENTION = frozenset(ATTENTION_PARTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A size to measure; `every_generation`: all rows run a generation, not only the first ones."""
+    """A size to measure.
+
+    Args:
+        latents: [C, T, h, w].
+        every_generation: all rows run a generation, not only the first ones.
+        captions: of the trained model, whose weights are used; a generation each, with a seed of its own. Empty: one, of random numbers.
+    """
 
     arch: TransformerArch
-    latents: tuple[int, int, int, int]  # [C, T, h, w]
+    latents: tuple[int, int, int, int]
     num_steps: int
     every_generation: bool = True
+    captions: tuple[str, ...] = ()
 
 
 CASES = {
@@ -55,6 +67,13 @@ CASES = {
         num_steps=6,
     ),
     "1.3b": Case(arch=VARIANTS["wan2.1-t2v-1.3b"].transformer, latents=(16, 3, 60, 104), num_steps=8, every_generation=False),
+    "moving-shapes": Case(
+        arch=trained.SIZE.transformer,
+        latents=(16, 5, 8, 8),
+        num_steps=20,
+        every_generation=False,
+        captions=tuple(prompts(8, ClipSize(width=64, height=64, num_frames=17))),
+    ),
 }
 
 
@@ -139,30 +158,50 @@ class _Given:
 
 
 def measure(case: Case, kind: str, *, seed: int = 0, device: str = "cpu") -> list[Errors]:
-    """All rows of a case with one kind of weights.
+    """All rows of a case with one kind of weights; of several captions, the root of the mean of the squared errors.
 
     Raises:
         RuntimeError: a prediction is not finite.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    forms = WeightForms(case.arch, WEIGHTS[kind](case.arch, generator))
-    random = np.random.default_rng(seed)
-    given = _Given(
-        case,
-        make_schedule(SchedulerName.UNIPC, conventions=Conventions.ORIGINAL, num_steps=case.num_steps, shift=SHIFT),
-        random.standard_normal(case.latents, np.float32),
-        tuple(random.standard_normal((length, case.arch.text_dim), np.float32) for length in PROMPT_TOKENS),  # type: ignore[arg-type]
-    )
-    exact = generate(forms, None, given)
-    expected = predictions(forms, None, given, exact)
+    make = trained.transformer_weights if kind == TRAINED else WEIGHTS[kind]
+    forms = WeightForms(case.arch, make(case.arch, torch.Generator(device).manual_seed(seed)))
+    starts = []
+    for given in _inputs(case, seed):
+        exact = generate(forms, None, given)
+        starts.append((given, exact, predictions(forms, None, given, exact)))
     found: list[Errors] = []
     for row in rows(case.arch.num_layers):
-        errors = _errors(forms, row, given, exact, expected)
+        errors = _together([_errors(forms, row, *start) for start in starts])
         if row.but:
             whole = next(earlier for earlier in found if earlier.row == "products")
             errors = replace(errors, taken_away=1 - errors.squared / whole.squared)
         found.append(errors)
     return found
+
+
+def _inputs(case: Case, seed: int) -> Iterator[_Given]:
+    schedule = make_schedule(SchedulerName.UNIPC, conventions=Conventions.ORIGINAL, num_steps=case.num_steps, shift=SHIFT)
+    random = np.random.default_rng(seed)
+    if not case.captions:
+        noise = random.standard_normal(case.latents, np.float32)
+        prompt, negative = (random.standard_normal((length, case.arch.text_dim), np.float32) for length in PROMPT_TOKENS)
+        yield _Given(case, schedule, noise, (prompt, negative))
+        return
+    *embedded, negative = trained.embed([*case.captions, ""])
+    for prompt in embedded:
+        yield _Given(case, schedule, random.standard_normal(case.latents, np.float32), (prompt, negative))
+
+
+def _together(errors: Sequence[Errors]) -> Errors:
+    """One row of several generations."""
+
+    def of_all(name: str) -> Any:
+        found = [getattr(each, name) for each in errors]
+        return None if None in found else float(np.sqrt(np.mean(np.square(found))))
+
+    first, middle, last, latents, cosine = (of_all(name) for name in ("first", "middle", "last", "latents", "cosine"))
+    seconds = sum(each.seconds for each in errors)
+    return replace(errors[0], first=first, middle=middle, last=last, latents=latents, cosine=cosine, seconds=seconds)
 
 
 def _errors(forms: WeightForms, row: Row, given: _Given, exact: list[Float32], expected: list[Float32]) -> Errors:
@@ -230,14 +269,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8_error", description="Where FP8's error comes from.")
     parser.add_argument("--case", choices=CASES, default="small")
-    parser.add_argument("--weights", choices=WEIGHTS, action="append", help="default: all, one after the other")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, action="append", help="default: all, one after the other; moving-shapes has its own"
+    )
     parser.add_argument("--out", type=Path, help="JSON file or folder (default: benchmarks/results)")
     asked = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     case, tables = CASES[asked.case], {}
+    if case.captions and asked.weights:
+        parser.error(f"--weights: the case {asked.case} has the weights of a trained model")
     out = result_file(asked.out, f"fp8-error-{asked.case}")
-    for kind in asked.weights or WEIGHTS:
+    for kind in [TRAINED] if case.captions else asked.weights or WEIGHTS:
         found = measure(case, kind, device=device)
         tables[kind] = [asdict(row) for row in found]
         facts: dict[str, Any] = {"machine": machine(), "gpu": gpu, "versions": versions(("torch", "numpy"))}

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fp8_error import CASES, Case, Errors, measure, rows, table
+from benchmarks import fp8_error
+from benchmarks.fp8_error import CASES, TRAINED, Case, Errors, measure, rows, table
 from benchmarks.fp8_numerics import ATTENTION_PARTS, PRODUCTS, Numerics, Operators, Weight, quantized_rows, to_fp8
+from benchmarks.moving_shapes import trained
 from benchmarks.outliers import LEAST, WEIGHTS, constant_channels, outlier_channels, plain
 from benchmarks.stage_errors import NETWORKS, TESTS, Collector
 from benchmarks.stage_errors import table as stage_table
@@ -139,6 +141,28 @@ def test_a_table_has_errors_that_add_up() -> None:
     assert [row.row.startswith("products but") for row in but] == [True] * (len(PRODUCTS) + 4)
     assert found["products but first and last 1"].taken_away == pytest.approx(1 - squares["bf16"] / squares["products"])
     assert "| products but ffn.2 |" in table(list(found.values()))
+
+
+def test_the_trained_models_errors_are_the_mean_over_its_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(
+        CASES["moving-shapes"], latents=(16, 1, 2, 4), num_steps=2, captions=("a red circle", "a green square moves up")
+    )
+    chosen = [row for row in rows(case.arch.num_layers) if row.name in ("bf16", "products")]
+    monkeypatch.setattr(fp8_error, "rows", lambda num_blocks: chosen)
+    both, first = (measure(each, TRAINED) for each in (case, replace(case, captions=case.captions[:1])))
+    for mean, one in zip(both, first, strict=True):
+        other = (2 * mean.middle**2 - one.middle**2) ** 0.5
+        assert 0.3 < other / one.middle < 3
+    assert [row.row for row in both] == ["bf16", "products"]
+    assert both[0].squared < both[1].squared
+    assert both[1].latents is not None and both[1].latents < 0.5
+
+
+def test_the_trained_models_captions_are_embedded_without_padding() -> None:
+    whole, nothing = trained.embed(["a red circle moves right on a blue background", ""])
+    assert (whole.shape, nothing.shape) == ((10, trained.SIZE.transformer.text_dim), (1, trained.SIZE.transformer.text_dim))
+    with pytest.raises(ValueError, match="checkpoint is of"):
+        trained.transformer_weights(ARCH, torch.Generator())
 
 
 def test_a_row_without_a_generation_leaves_its_columns_empty() -> None:
