@@ -50,7 +50,7 @@ class Case:
     Args:
         latents: [C, T, h, w].
         every_generation: all rows run a generation, not only the first ones.
-        captions: of the trained model, whose weights are used; a generation each, with a seed of its own. Empty: one, of random numbers.
+        captions: of the trained model, whose weights are used; a generation each, from noise of its own. Empty: one, of random numbers.
     """
 
     arch: TransformerArch
@@ -171,7 +171,7 @@ def measure(case: Case, kind: str, *, seed: int = 0, device: str = "cpu") -> lis
         starts.append((given, exact, predictions(forms, None, given, exact)))
     found: list[Errors] = []
     for row in rows(case.arch.num_layers):
-        errors = _together([_errors(forms, row, *start) for start in starts])
+        errors = together([_errors(forms, row, *start) for start in starts])
         if row.but:
             whole = next(earlier for earlier in found if earlier.row == "products")
             errors = replace(errors, taken_away=1 - errors.squared / whole.squared)
@@ -192,16 +192,18 @@ def _inputs(case: Case, seed: int) -> Iterator[_Given]:
         yield _Given(case, schedule, random.standard_normal(case.latents, np.float32), (prompt, negative))
 
 
-def _together(errors: Sequence[Errors]) -> Errors:
-    """One row of several generations."""
+def together(errors: Sequence[Errors]) -> Errors:
+    """One row of several generations: the roots of the mean squared errors, the mean cosine, all seconds."""
 
-    def of_all(name: str) -> Any:
+    def of_all(name: str, power: int = 2) -> Any:
         found = [getattr(each, name) for each in errors]
-        return None if None in found else float(np.sqrt(np.mean(np.square(found))))
+        return None if None in found else float(np.mean(np.power(found, power)) ** (1 / power))
 
-    first, middle, last, latents, cosine = (of_all(name) for name in ("first", "middle", "last", "latents", "cosine"))
+    first, middle, last, latents = (of_all(name) for name in ("first", "middle", "last", "latents"))
     seconds = sum(each.seconds for each in errors)
-    return replace(errors[0], first=first, middle=middle, last=last, latents=latents, cosine=cosine, seconds=seconds)
+    return replace(
+        errors[0], first=first, middle=middle, last=last, latents=latents, cosine=of_all("cosine", 1), seconds=seconds
+    )
 
 
 def _errors(forms: WeightForms, row: Row, given: _Given, exact: list[Float32], expected: list[Float32]) -> Errors:

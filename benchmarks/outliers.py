@@ -1,6 +1,6 @@
 """Random weights of a transformer on any device: plain ones, and ones with what trained transformers have and random ones lack.
 
-No trained weights are at hand where this runs, so what they do to FP8 is provoked, one cause at a time, with the figures that others
+No weights of a trained Wan are at hand where this runs, so what they do to FP8 is provoked, one cause at a time, with the figures that others
 found in such networks:
 
 - a few channels are 20 to 100 times as large as the rest, the same ones for all tokens: LLM.int8() (arXiv 2208.07339) found six

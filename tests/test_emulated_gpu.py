@@ -14,7 +14,10 @@ import pytest
 
 from export.layouts import vae_diffusers_names
 from runtime.backends.cuda.array import Buffer, contiguous
+from runtime.backends.cuda.convolution import Convolution
+from runtime.backends.cuda.cudnn import GraphCall
 from runtime.backends.cuda.device import Device
+from runtime.backends.cuda.launch import Clearing
 from runtime.backends.cuda.linear import Linear
 from runtime.backends.cuda.patch_kernels import PatchKernels
 from runtime.errors import CudaError
@@ -64,6 +67,17 @@ def test_a_decoded_frame_matches_the_fp32_modules(driver: Driver, tmp_path: Path
     with open_cuda(toy_variant(config.vae), "vae", tensors, tmp_path, only=only) as gpu:
         (given,), (expected,) = (list(decode_stream(network, latents.numpy(), config.vae)) for network in (gpu, reference))
     assert relative_error(given, expected) < TOLERANCES["vae, cuda bf16"]
+
+
+def test_a_convolution_that_reads_a_residual_stands_behind_a_fence(driver: Driver) -> None:
+    """What the fence is for does not happen here: the emulated GPU ends each kernel before it begins the next of its stream."""
+    with Device() as device, Convolution(device) as convolution:
+        x, out = device.zeros((1, 4, 4, 8), DType.BF16), device.zeros((1, 4, 4, 8), DType.BF16)
+        weight, bias = device.zeros((8, 1, 1, 8), DType.BF16), device.zeros((8,), DType.BF16)
+        with device.calls.noting() as calls:
+            convolution.run(x, weight, bias, out)
+            convolution.run(x, weight, bias, out, residual=x)
+        assert [type(call) for call in calls] == [GraphCall, Clearing, GraphCall]
 
 
 def test_patches_are_those_of_the_host_and_back(driver: Driver) -> None:

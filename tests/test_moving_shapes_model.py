@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -534,24 +535,38 @@ def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundl
 
 
 def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(folder: Path) -> Any:
-        targets = {
-            "cuda": SimpleNamespace(precision=Precision(folder.name)),
-            "emulated": SimpleNamespace(precision=Precision.BF16),
-        }
-        return SimpleNamespace(manifest=SimpleNamespace(targets=targets if folder.name == "fp8" else {"cuda": targets["cuda"]}))
+    def bundle_of(folder: Path) -> Any:
+        target = SimpleNamespace(precision=Precision(folder.name.split()[-1]))
+        return SimpleNamespace(manifest=SimpleNamespace(targets={folder.name.split()[0]: target}))
 
-    monkeypatch.setattr(quality, "open_bundle", opened)
-    (tmp_path / "reference.npz").touch()
+    class Recorded(nullcontext[Any]):
+        """A pipeline that takes any request, and answers with black."""
+
+        def generate(self, request: GenerateRequest) -> Any:
+            asked.append(request)
+            report = SimpleNamespace(device_memory=SimpleNamespace(device="a GPU"))
+            return SimpleNamespace(frames=np.zeros((5, 64, 64, 3), np.uint8), report=report)
+
+        def __enter__(self) -> Any:
+            return self
+
+    asked: list[GenerateRequest] = []
+    monkeypatch.setattr(quality, "open_bundle", bundle_of)
+    monkeypatch.setattr(VideoPipeline, "open", lambda *given, **options: Recorded())
+    reference = Reference(case="cpu", videos=[np.zeros((5, 64, 64, 3), np.uint8)])
+    write_reference(tmp_path / "r.npz", reference, [caption_of(sample_scene(0, SMALL_CLIP))], SMALL_CLIP)
     request = QualityRequest(
-        bundles=(tmp_path / "fp8", tmp_path / "bf16"), reference=tmp_path / "reference.npz", cases=("* unipc 20",)
-    )
-    assert {case.name: case.attention for case in chosen_cases(request)} == {
-        "cuda fp8 unipc 20": None,
-        "cuda fp8 fp8-attention unipc 20": Precision.FP8,
-        "emulated bf16 unipc 20": None,
-        "cuda bf16 unipc 20": None,
-    }
+        bundles=tuple(tmp_path / name for name in ("cuda fp8", "cuda bf16", "emulated fp8")),
+        prompts=1, reference=tmp_path / "r.npz", cases=("* unipc 20",), out=tmp_path / "q.json",
+    )  # fmt: skip
+    report = run_quality(request, clip=SMALL_CLIP)
+    assert [(row["case"], row["attention"], row["device"]) for row in report["rows"]] == [
+        ("cuda fp8 unipc 20", None, "a GPU"),
+        ("cuda fp8 fp8-attention unipc 20", Precision.FP8, "a GPU"),
+        ("cuda bf16 unipc 20", None, "a GPU"),
+        ("emulated fp8 unipc 20", None, "a GPU"),
+    ]
+    assert [each.attention for each in asked] == [None, Precision.FP8, None, None]
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def _device(videos: Sequence[Video]) -> dict[str, str]:
 def _repeated(
     pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize, videos: Sequence[Frames]
 ) -> dict[str, Any]:
-    """The noise floor, measured where a target is at its default."""
+    """The noise floor, measured at the default scheduler and number of steps."""
     if (case.scheduler, case.num_steps) != (SchedulerName.UNIPC, STEPS[0]):
         return {}
     again = [video.frames for video in _videos(pipeline, case, captions[:_REPEATED], clip)]

@@ -16,7 +16,8 @@ SIZE = SIZES["small"]
 
 
 def transformer_weights(arch: TransformerArch, generator: torch.Generator) -> dict[str, Tensor]:
-    """By the original repositories' names, in float32, where random weights would be made (`benchmarks.outliers`).
+    """By the original repositories' names, in float32, on the generator's device; nothing is drawn. Called as what makes random weights is
+    (`benchmarks.outliers.WEIGHTS`).
 
     Raises:
         ValueError: `arch` is another.

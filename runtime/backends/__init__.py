@@ -132,9 +132,12 @@ def _rehearse_cuda(
     attention: Precision,
     session: Session | None = None,
 ) -> Layout:
+    from runtime.backends.cuda.engine import CudaBackend
     from runtime.backends.cuda.rehearsal import rehearse
 
-    return rehearse(stages, engines, drive, attention=attention)
+    with nullcontext() if session is None else session.backend("rehearsal") as opened:
+        plans = None if opened is None else cast(CudaBackend, opened).plans
+        return rehearse(stages, engines, drive, attention=attention, plans=plans)
 
 
 def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:

@@ -2,6 +2,7 @@
 small networks compute faster than they are queued, so their calls never do.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from runtime.backends.cuda.device import check
 from runtime.backends.cuda.launch import Clearing, Launch
 from runtime.backends.cuda.prepared import PreparedPlan
 
-_BUSY_BYTES, _BUSY_TIMES = 1 << 27, 64  # some two milliseconds of an H200
+_BUSY_BYTES, _BUSY_TIMES = 1 << 27, 128  # some four milliseconds of an H200
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
 
 def one_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -31,18 +33,25 @@ def one_by_one(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(kind, "queue", waiting(kind.queue))
 
 
-def far_ahead(patch: pytest.MonkeyPatch) -> None:
-    """From now on the GPU is kept busy until about all calls of a stage are in line."""
+def far_ahead(patch: pytest.MonkeyPatch) -> Counter[bool]:
+    """From now on the GPU is kept busy until about all calls of a stage are in line. Counts the stages, by whether they were."""
     from cuda.bindings import driver
 
-    run = PreparedPlan.run
+    run, in_line = PreparedPlan.run, Counter[bool]()
 
     def run_behind(plan: Any, *given: Any, **options: Any) -> Any:
         stream = plan._executor.device.stream
         busy = check("cuMemAllocAsync", driver.cuMemAllocAsync(_BUSY_BYTES, stream))
         for _ in range(_BUSY_TIMES):
             check("cuMemsetD8Async", driver.cuMemsetD8Async(busy, 0, _BUSY_BYTES, stream))
-        check("cuMemFreeAsync", driver.cuMemFreeAsync(busy, stream))
-        return run(plan, *given, **options)
+        end = check("cuEventCreate", driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        check("cuEventRecord", driver.cuEventRecord(end, stream))
+        try:
+            return run(plan, *given, **options)
+        finally:
+            in_line[int(driver.cuEventQuery(end)[0]) == _NOT_READY] += 1
+            check("cuEventDestroy", driver.cuEventDestroy(end))
+            check("cuMemFreeAsync", driver.cuMemFreeAsync(busy, stream))
 
     patch.setattr(PreparedPlan, "run", run_behind)
+    return in_line

@@ -93,8 +93,9 @@ def test_the_bits_are_those_of_one_call_at_a_time(built: Built, attention: Preci
         one_by_one(patch)
         expected, _ = built.run("cuda", attention=attention)
     with pytest.MonkeyPatch.context() as patch:
-        far_ahead(patch)
+        in_line = far_ahead(patch)
         ours, _ = built.run("cuda", attention=attention)
+    assert in_line[True] > in_line[False]  # a library's first call may wait for the GPU
     np.testing.assert_array_equal(ours.latents, expected.latents)
     np.testing.assert_array_equal(ours.frames, expected.frames)
 

@@ -74,6 +74,7 @@ class CudaBackend:
     Args:
         kernels: compiled kernels, cubin by architecture.
         attention: precision of self-attention's products; fp8 needs sm_89 and head dim 128.
+        plans: by file, as they were when it was first opened; whoever opens the same files may share them.
 
     Raises:
         EngineError: no usable GPU, or no kernels for its architecture.
@@ -81,11 +82,15 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, kernels: Mapping[str, bytes], *, attention: Precision = Precision.BF16) -> None:
+    def __init__(
+        self,
+        kernels: Mapping[str, bytes],
+        *,
+        attention: Precision = Precision.BF16,
+        plans: dict[Path, Plan] | None = None,
+    ) -> None:
         self.attention = attention
-        self._plans: dict[
-            Path, Plan
-        ] = {}  # as their files had them when they were first opened: each generation opens all engines anew
+        self.plans: dict[Path, Plan] = {} if plans is None else plans
         self.device = self._open_device()
         try:
             self._libraries = self._open_libraries(kernels)
@@ -135,9 +140,9 @@ class CudaBackend:
         return Libraries(self.device, kernels)
 
     def open_engine(self, path: Path, stage: StageSpec) -> CudaEngine:
-        plan = self._plans.get(path)
+        plan = self.plans.get(path)
         if plan is None:
-            plan = self._plans[path] = _read_plan(path, stage.name)
+            plan = self.plans[path] = _read_plan(path, stage.name)
         if plan.version != PLAN_VERSION or plan.stage != stage.name:
             raise EngineError(
                 f"{path.name}: plan version {plan.version} of {plan.stage}, expected {PLAN_VERSION} of {stage.name}",

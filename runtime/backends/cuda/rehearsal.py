@@ -18,6 +18,7 @@ from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contigu
 from runtime.backends.cuda.calls import Calls
 from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.engine import CudaBackend, Libraries
+from runtime.backends.cuda.plan import Plan
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.component import Component
 from runtime.memory import Layout, gib
@@ -35,16 +36,18 @@ def rehearse(
     drive: Callable[[Component], object],
     *,
     attention: Precision,
+    plans: dict[Path, Plan] | None = None,
 ) -> Layout:
     """The device memory that `drive` needs besides weights; nothing is computed.
 
     Args:
         drive: does with the opened network what a generation does; the numbers it gets back are zeros.
+        plans: of the backend that is to run, if it is open.
 
     Raises:
         EngineError: an engine file cannot be opened.
     """
-    with _RehearsedBackend({}, attention=attention) as backend:
+    with _RehearsedBackend({}, attention=attention, plans=plans) as backend:
         return rehearse_on(backend, backend.counted, stages, engine_files, drive)
 
 
