@@ -37,6 +37,7 @@ from export.build import BuildRequest, build_bundle
 from export.checkpoint import open_checkpoint
 from runtime.errors import EngineError, RequestError
 from runtime.pipeline import VideoPipeline
+from runtime.precision import WideParts
 from runtime.request import GenerateRequest
 from runtime.schedulers import Conventions
 from runtime.specs import Precision
@@ -537,7 +538,8 @@ def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundl
 def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bundle_of(folder: Path) -> Any:
         target = SimpleNamespace(precision=Precision(folder.name.split()[-1]))
-        return SimpleNamespace(manifest=SimpleNamespace(targets={folder.name.split()[0]: target}))
+        wide = WideParts(first_blocks=folder.name.count("first"))
+        return SimpleNamespace(manifest=SimpleNamespace(targets={folder.name.split()[0]: target}, fp8_wide=wide))
 
     class Recorded(nullcontext[Any]):
         """A pipeline that takes any request, and answers with black."""
@@ -556,7 +558,7 @@ def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, m
     reference = Reference(case="cpu", videos=[np.zeros((5, 64, 64, 3), np.uint8)])
     write_reference(tmp_path / "r.npz", reference, [caption_of(sample_scene(0, SMALL_CLIP))], SMALL_CLIP)
     request = QualityRequest(
-        bundles=tuple(tmp_path / name for name in ("cuda fp8", "cuda bf16", "emulated fp8")),
+        bundles=tuple(tmp_path / name for name in ("cuda fp8", "cuda bf16", "emulated first fp8")),
         prompts=1, reference=tmp_path / "r.npz", cases=("* unipc 20",), out=tmp_path / "q.json",
     )  # fmt: skip
     report = run_quality(request, clip=SMALL_CLIP)
@@ -564,7 +566,7 @@ def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, m
         ("cuda fp8 unipc 20", None, "a GPU"),
         ("cuda fp8 fp8-attention unipc 20", Precision.FP8, "a GPU"),
         ("cuda bf16 unipc 20", None, "a GPU"),
-        ("emulated fp8 unipc 20", None, "a GPU"),
+        ("emulated fp8 but first:1 unipc 20", None, "a GPU"),
     ]
     assert [each.attention for each in asked] == [None, Precision.FP8, None, None]
 

@@ -63,20 +63,23 @@ class Case:
     """One row of the report.
 
     Args:
+        wide: what of the bundle's fp8 transformer is bf16 all the same.
         attention: precision of self-attention's products where it is not the target's default.
     """
 
     bundle: Path
     target: str
     precision: Precision
+    wide: str = ""
     attention: Precision | None = None
     scheduler: SchedulerName = SchedulerName.UNIPC
     num_steps: int = STEPS[0]
 
     @property
     def name(self) -> str:
+        wide = f" but {self.wide}" if self.wide else ""
         attention = "" if self.attention is None else f" {self.attention}-attention"
-        return f"{self.target} {self.precision}{attention} {self.scheduler} {self.num_steps}"
+        return f"{self.target} {self.precision}{wide}{attention} {self.scheduler} {self.num_steps}"
 
 
 def run_quality(
@@ -157,12 +160,8 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
         raise RequestError("suite quality needs a bundle", hint="build the moving-shapes checkpoint, and name it with --bundle")
     if request.prompts < 1:
         raise RequestError(f"prompts={request.prompts}: need 1 or more", hint="200 or more tell half a percent apart")
-    targets = [
-        Case(bundle=folder, target=name, precision=target.precision)
-        for folder in request.bundles
-        for name, target in open_bundle(folder).manifest.targets.items()
-    ]
-    if len({(case.target, case.precision) for case in targets}) < len(targets):
+    targets = [case for folder in request.bundles for case in _targets(folder)]
+    if len({case.name for case in targets}) < len(targets):
         raise BundleError("two of the bundles have the same target in the same precision", hint="name each once")
     targets.sort(key=lambda case: case.precision is not Precision.FP32)
     made = _made(request)
@@ -180,6 +179,14 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
         if not any(fnmatch(case.name, pattern) for case in every):
             raise RequestError(f"case {pattern!r}: there is {targets[0].name} and the like", hint="* stands for anything")
     return [case for case in every if (case == every[0] and not made) or any(fnmatch(case.name, pattern) for pattern in asked)]
+
+
+def _targets(folder: Path) -> Iterator[Case]:
+    """A bundle's targets, at their defaults."""
+    manifest = open_bundle(folder).manifest
+    for name, target in manifest.targets.items():
+        wide = str(manifest.fp8_wide) if target.precision is Precision.FP8 else ""
+        yield Case(bundle=folder, target=name, precision=target.precision, wide=wide)
 
 
 def _attentions(case: Case) -> tuple[Precision | None, ...]:
@@ -214,8 +221,9 @@ def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: 
 def _row(case: Case, captions: Sequence[str], videos: Sequence[Frames], reference: Sequence[Frames]) -> dict[str, Any]:
     scores = [score_clip(video, caption) for video, caption in zip(videos, captions, strict=True)]
     return {
-        "case": case.name, "target": case.target, "precision": case.precision, "attention": case.attention,
-        "scheduler": case.scheduler, "num_steps": case.num_steps, "accuracy": accuracy(scores), "wrong": _wrong(captions, scores),
+        "case": case.name, "target": case.target, "precision": case.precision, "wide": case.wide,
+        "attention": case.attention, "scheduler": case.scheduler, "num_steps": case.num_steps, "accuracy": accuracy(scores),
+        "wrong": _wrong(captions, scores),
         "to_reference": _mean([compare(*pair) for pair in zip(videos, reference, strict=True)]),
     }  # fmt: skip
 
