@@ -546,6 +546,8 @@ def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, m
 
         def generate(self, request: GenerateRequest) -> Any:
             asked.append(request)
+            if request.attention is Precision.FP8 and request.num_steps == 10:
+                raise EngineError("no kernel for it")
             report = SimpleNamespace(device_memory=SimpleNamespace(device="a GPU"))
             return SimpleNamespace(frames=np.zeros((5, 64, 64, 3), np.uint8), report=report)
 
@@ -559,7 +561,8 @@ def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, m
     write_reference(tmp_path / "r.npz", reference, [caption_of(sample_scene(0, SMALL_CLIP))], SMALL_CLIP)
     request = QualityRequest(
         bundles=tuple(tmp_path / name for name in ("cuda fp8", "cuda bf16", "emulated first fp8")),
-        prompts=1, reference=tmp_path / "r.npz", cases=("* unipc 20",), out=tmp_path / "q.json",
+        prompts=1, reference=tmp_path / "r.npz", cases=("* unipc 20", "*fp8-attention unipc 10"),
+        out=tmp_path / "q.json",
     )  # fmt: skip
     report = run_quality(request, clip=SMALL_CLIP)
     assert [(row["case"], row["attention"], row["device"]) for row in report["rows"]] == [
@@ -568,7 +571,8 @@ def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, m
         ("cuda bf16 unipc 20", None, "a GPU"),
         ("emulated fp8 but first:1 unipc 20", None, "a GPU"),
     ]
-    assert [each.attention for each in asked] == [None, Precision.FP8, None, None]
+    assert [each.attention for each in asked] == [None, Precision.FP8, Precision.FP8, None, None]
+    assert report["refused"] == {"cuda fp8 fp8-attention unipc 10": "no kernel for it"}
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def run_quality(
         clip: size of the videos.
 
     Returns:
-        The result as written, its markdown under `table`; rows whose target does not run here are under `refused`.
+        The result as written, its markdown under `table`; targets and rows that do not run here are under `refused`.
 
     Raises:
         RequestError: no bundle, no fp32 target to compare with, no such case, or the reference's file cannot be used.
@@ -128,7 +128,13 @@ def run_quality(
                     pipeline, report["refused"][f"{case.target} {case.precision}"] = None, error.message
             if pipeline is None:
                 continue
-            made = list(_videos(pipeline, case, captions, clip))
+            try:
+                made = list(_videos(pipeline, case, captions, clip))
+            except EngineError as error:  # FP8 attention on a GPU without it, or a device that is lost
+                if reference is None:
+                    raise
+                refusal, report["refused"][case.name] = error, error.message
+                continue
             videos = [video.frames for video in made]
             if reference is None:
                 reference = Reference(case=case.name, videos=videos)
