@@ -80,7 +80,8 @@ def _toy_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quality_benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.moving_shapes.quality import PROMPTS, QualityRequest, run_quality
+    from benchmarks.moving_shapes.cases import PROMPTS, QualityRequest
+    from benchmarks.moving_shapes.quality import run_quality
 
     _refuse_options(arguments, "baseline", "only_baselines", "attention", "budget", "seconds", "profile", "pairs", "readme")
     request = QualityRequest(

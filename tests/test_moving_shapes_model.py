@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.moving_shapes import codes, dit_stage, loop, quality, train, vae_stage
+from benchmarks.moving_shapes import cases, codes, dit_stage, loop, train, vae_stage
 from benchmarks.moving_shapes.card import card
+from benchmarks.moving_shapes.cases import QualityRequest, chosen_cases
 from benchmarks.moving_shapes.data import Bucket, ChunkStream, buckets, make_chunk
 from benchmarks.moving_shapes.diffusers_loader import open_pipeline
 from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.loop import Stage, StageLength, StageLog
 from benchmarks.moving_shapes.model import SIZES, Networks, new_networks, read_checkpoint, write_checkpoint
 from benchmarks.moving_shapes.muon import Muon, weight_matrices
-from benchmarks.moving_shapes.quality import QualityRequest, chosen_cases, run_quality
+from benchmarks.moving_shapes.quality import run_quality
 from benchmarks.moving_shapes.recipe import RECIPES, DitRecipe, Recipe, VaeRecipe
 from benchmarks.moving_shapes.reference import Reference, write_reference
 from benchmarks.moving_shapes.render import draw, scene_arrays
@@ -459,7 +460,7 @@ def test_an_update_of_a_matrix_has_singular_values_near_one() -> None:
 def test_the_suite_judges_every_row_against_the_fp32_reference(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "STEPS", (3, 2))
+    monkeypatch.setattr(cases, "STEPS", (3, 2))
     request = QualityRequest(bundles=(bundle,), prompts=2, cases=("*euler 2",), out=tmp_path / "quality.json")
     report = run_quality(request, clip=SMALL_CLIP)
     reference, other = report["rows"]
@@ -480,7 +481,7 @@ def test_the_suite_judges_every_row_against_the_fp32_reference(
 def test_a_run_compares_with_the_reference_that_another_run_made(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "STEPS", (2, 1))
+    monkeypatch.setattr(cases, "STEPS", (2, 1))
     options: dict[str, Any] = {
         "bundles": (bundle,),
         "prompts": 1,
@@ -528,7 +529,7 @@ def test_a_machine_that_runs_none_of_the_targets_gets_an_error_and_no_result(
 
 def test_all_schedulers_and_step_counts_are_rows_unless_some_are_asked_for(bundle: Path) -> None:
     every = chosen_cases(QualityRequest(bundles=(bundle,)))
-    assert len(every) == len(quality.STEPS) * 3
+    assert len(every) == len(cases.STEPS) * 3
     assert every[0].name == "cpu fp32 unipc 50"
     assert [case.name for case in chosen_cases(QualityRequest(bundles=(bundle,), cases=("cpu fp32 euler 4",)))] == [
         "cpu fp32 unipc 50", "cpu fp32 euler 4",
@@ -555,7 +556,7 @@ def test_fp8_attention_has_rows_of_its_own_beside_fp8_products(tmp_path: Path, m
             return self
 
     asked: list[GenerateRequest] = []
-    monkeypatch.setattr(quality, "open_bundle", bundle_of)
+    monkeypatch.setattr(cases, "open_bundle", bundle_of)
     monkeypatch.setattr(VideoPipeline, "open", lambda *given, **options: Recorded())
     reference = Reference(case="cpu", videos=[np.zeros((5, 64, 64, 3), np.uint8)])
     write_reference(tmp_path / "r.npz", reference, [caption_of(sample_scene(0, SMALL_CLIP))], SMALL_CLIP)

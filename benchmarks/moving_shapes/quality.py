@@ -6,15 +6,14 @@ default, made by this run or by an earlier one (`reference`). A part is made twi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
-from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.machine import machine, versions
+from benchmarks.moving_shapes.cases import Case, QualityRequest, chosen_cases, reference_is_made
 from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.measure import Frames
 from benchmarks.moving_shapes.reference import Reference, check_place, read_reference, write_reference
@@ -22,64 +21,15 @@ from benchmarks.moving_shapes.score import ATTRIBUTES, ClipScore, accuracy, scor
 from benchmarks.moving_shapes.similarity import Similarity, compare
 from benchmarks.moving_shapes.world import ClipSize, sample_scene
 from benchmarks.result_file import result_file, write_json
-from runtime.backends import RUNTIME_TARGETS
-from runtime.bundle import open_bundle
-from runtime.errors import BundleError, EngineError, RequestError
+from runtime.errors import EngineError
 from runtime.pipeline import Video, VideoPipeline
 from runtime.request import GenerateRequest
-from runtime.schedulers import SchedulerName
-from runtime.specs import Precision
 
 SCHEMA_VERSION = 1
-STEPS = (50, 30, 20, 10, 6, 4)
 CLIP = ClipSize(width=64, height=64, num_frames=17)
-PROMPTS = 200
 _REPEATED = 20  # prompts made twice
 _MOST_PSNR_DB = 99.0  # what equal videos count as in a mean
 _DISTRIBUTIONS = ("numpy", "onnxruntime", "cuda-bindings", "nvidia-cublas", "nvidia-cudnn-cu13")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityRequest:
-    """What to judge.
-
-    Args:
-        bundles: of the moving-shapes checkpoint. One needs a target in fp32, which the others are compared with, unless `reference` is there.
-        reference: file of that target's videos; written if it is not there, else read.
-        prompts: how many; seed 0, 1, … each.
-        cases: names, or patterns with `*`, of the rows to make beside the reference; empty for all.
-        out: `.json` file or folder for the result; None for benchmarks/results/ below the current folder.
-    """
-
-    bundles: tuple[Path, ...]
-    prompts: int = PROMPTS
-    cases: tuple[str, ...] = ()
-    reference: Path | None = None
-    out: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One row of the report.
-
-    Args:
-        wide: what of the bundle's fp8 transformer is bf16 all the same.
-        attention: precision of self-attention's products where it is not the target's default.
-    """
-
-    bundle: Path
-    target: str
-    precision: Precision
-    wide: str = ""
-    attention: Precision | None = None
-    scheduler: SchedulerName = SchedulerName.UNIPC
-    num_steps: int = STEPS[0]
-
-    @property
-    def name(self) -> str:
-        wide = f" but {self.wide}" if self.wide else ""
-        attention = "" if self.attention is None else f" {self.attention}-attention"
-        return f"{self.target} {self.precision}{wide}{attention} {self.scheduler} {self.num_steps}"
 
 
 def run_quality(
@@ -108,7 +58,7 @@ def run_quality(
         "reference": cases[0].name, "rows": [], "refused": {}, "table": "",
     }  # fmt: skip
     reference: Reference | None = None
-    if request.reference is not None and _made(request):
+    if request.reference is not None and reference_is_made(request):
         reference = read_reference(request.reference, captions, clip)
         report["reference"] = reference.case
     elif request.reference is not None:
@@ -155,59 +105,6 @@ def run_quality(
     return report
 
 
-def chosen_cases(request: QualityRequest) -> list[Case]:
-    """The rows to make; the reference first, unless its file is there.
-
-    Raises:
-        RequestError: no bundle, no fp32 target to compare with, no such case, or a number of prompts out of range.
-        BundleError: a bundle cannot be opened, or two have the same target in the same precision.
-    """
-    if not request.bundles:
-        raise RequestError("suite quality needs a bundle", hint="build the moving-shapes checkpoint, and name it with --bundle")
-    if request.prompts < 1:
-        raise RequestError(f"prompts={request.prompts}: need 1 or more", hint="200 or more tell half a percent apart")
-    targets = [case for folder in request.bundles for case in _targets(folder)]
-    if len({case.name for case in targets}) < len(targets):
-        raise BundleError("two of the bundles have the same target in the same precision", hint="name each once")
-    targets.sort(key=lambda case: case.precision is not Precision.FP32)
-    made = _made(request)
-    if not made and targets[0].precision is not Precision.FP32:
-        raise RequestError("none of the bundles has an fp32 target to compare with", hint="build one with `--target cpu` too")
-    every = [
-        replace(each, attention=attention, scheduler=scheduler, num_steps=steps)
-        for each in targets
-        for attention in _attentions(each)
-        for scheduler in SchedulerName
-        for steps in STEPS
-    ]
-    asked = request.cases or ("*",)
-    for pattern in asked:
-        if not any(fnmatch(case.name, pattern) for case in every):
-            raise RequestError(f"case {pattern!r}: there is {targets[0].name} and the like", hint="* stands for anything")
-    return [case for case in every if (case == every[0] and not made) or any(fnmatch(case.name, pattern) for pattern in asked)]
-
-
-def _targets(folder: Path) -> Iterator[Case]:
-    """A bundle's targets, at their defaults."""
-    manifest = open_bundle(folder).manifest
-    for name, target in manifest.targets.items():
-        wide = str(manifest.fp8_wide) if target.precision is Precision.FP8 else ""
-        yield Case(bundle=folder, target=name, precision=target.precision, wide=wide)
-
-
-def _attentions(case: Case) -> tuple[Precision | None, ...]:
-    """The target's default, and what else it has beside FP8 products."""
-    if case.precision is not Precision.FP8:
-        return (None,)
-    others = (target.attention(case.precision)[1:] for target in RUNTIME_TARGETS if target.name == case.target)
-    return (None, *next(others, ()))
-
-
-def _made(request: QualityRequest) -> bool:
-    """Whether an earlier run made the reference."""
-    return request.reference is not None and request.reference.exists()
-
-
 def _videos(pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize) -> Iterator[Video]:
     for seed, caption in enumerate(captions):
         yield pipeline.generate(
@@ -243,8 +140,8 @@ def _device(videos: Sequence[Video]) -> dict[str, str]:
 def _repeated(
     pipeline: VideoPipeline, case: Case, captions: Sequence[str], clip: ClipSize, videos: Sequence[Frames]
 ) -> dict[str, Any]:
-    """The noise floor, measured at the default scheduler and number of steps."""
-    if (case.scheduler, case.num_steps) != (SchedulerName.UNIPC, STEPS[0]):
+    """The noise floor."""
+    if not case.is_repeated:
         return {}
     again = [video.frames for video in _videos(pipeline, case, captions[:_REPEATED], clip)]
     return {"noise_floor": _mean([compare(*pair) for pair in zip(again, videos, strict=False)])}
