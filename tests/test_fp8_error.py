@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import fp8_error
-from benchmarks.fp8_error import CASES, TRAINED, Case, Errors, measure, rows, table, together
+from benchmarks.fp8_cases import CASES, Case, rows
+from benchmarks.fp8_error import TRAINED, Errors, measure, table, together
 from benchmarks.fp8_numerics import ATTENTION_PARTS, PRODUCTS, Numerics, Operators, Weight, quantized_rows, to_fp8
 from benchmarks.moving_shapes import trained
 from benchmarks.outliers import LEAST, WEIGHTS, constant_channels, outlier_channels, plain
