@@ -1,13 +1,13 @@
 """The table of targets this runtime can run, best first, and what each needs of the machine."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from runtime.backends.base import Session
+from runtime.backends.base import Backend, Session
 from runtime.backends.engine_file import EngineHeader, read_file_header
 from runtime.memory import Layout
 from runtime.precision import attention_precision
@@ -135,9 +135,14 @@ def _rehearse_cuda(
     from runtime.backends.cuda.engine import CudaBackend
     from runtime.backends.cuda.rehearsal import rehearse
 
-    with nullcontext() if session is None else session.backend("rehearsal") as opened:
+    with _opened(session) as opened:
         plans = None if opened is None else cast(CudaBackend, opened).plans
         return rehearse(stages, engines, drive, attention=attention, plans=plans)
+
+
+def _opened(session: Session | None) -> AbstractContextManager[Backend | None]:
+    """The backend that a rehearsal may share with what is to run, if it is open."""
+    return nullcontext() if session is None else session.backend("rehearsal")
 
 
 def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:
@@ -173,7 +178,7 @@ def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:
         from runtime.backends.tensorrt.engine import TensorRtBackend
         from runtime.backends.tensorrt.rehearsal import rehearse
 
-        with nullcontext() if session is None else session.backend("rehearsal") as opened:
+        with _opened(session) as opened:
             backend = cast(TensorRtBackend | None, opened)
             return rehearse(library(), stages, engines, drive, attention=attention, opened=backend)
 
