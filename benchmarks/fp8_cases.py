@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from benchmarks.fp8_numerics import ATTENTION_PARTS, PRODUCTS, Numerics
 from benchmarks.moving_shapes import trained
+from benchmarks.moving_shapes.cases import CLIP
 from benchmarks.moving_shapes.sampler import prompts
-from benchmarks.moving_shapes.world import ClipSize
 from runtime.variants import VARIANTS, TransformerArch
 
 _ALL = frozenset(PRODUCTS)
@@ -42,7 +42,7 @@ CASES = {
         latents=(16, 5, 8, 8),
         num_steps=20,
         every_generation=False,
-        captions=tuple(prompts(8, ClipSize(width=64, height=64, num_frames=17))),
+        captions=tuple(prompts(8, CLIP)),
     ),
 }
 

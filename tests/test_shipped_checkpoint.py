@@ -12,6 +12,7 @@ import torch
 from benchmarks.moving_shapes.card import card
 from benchmarks.moving_shapes.diffusers_loader import open_pipeline
 from benchmarks.moving_shapes.score import score_clip
+from benchmarks.moving_shapes.trained import CHECKPOINT
 from cli import main
 from export.build import BuildRequest, build_bundle
 from runtime.clips import load_video
@@ -21,7 +22,6 @@ from runtime.schedulers import Conventions
 from tests.tolerances import TOLERANCES
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "benchmarks" / "moving_shapes" / "checkpoint"
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from benchmarks.moving_shapes.world import ClipSize
 from runtime.backends import RUNTIME_TARGETS
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError, RequestError
@@ -13,6 +14,7 @@ from runtime.specs import Precision
 
 STEPS = (50, 30, 20, 10, 6, 4)
 PROMPTS = 200
+CLIP = ClipSize(width=64, height=64, num_frames=17)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +54,14 @@ class Case:
     num_steps: int = STEPS[0]
 
     @property
+    def build(self) -> str:
+        """The target as it was built."""
+        return f"{self.target} {self.precision} but {self.wide}" if self.wide else f"{self.target} {self.precision}"
+
+    @property
     def name(self) -> str:
-        wide = f" but {self.wide}" if self.wide else ""
         attention = "" if self.attention is None else f" {self.attention}-attention"
-        return f"{self.target} {self.precision}{wide}{attention} {self.scheduler} {self.num_steps}"
+        return f"{self.build}{attention} {self.scheduler} {self.num_steps}"
 
     @property
     def is_repeated(self) -> bool:
@@ -75,7 +81,7 @@ def chosen_cases(request: QualityRequest) -> list[Case]:
     if request.prompts < 1:
         raise RequestError(f"prompts={request.prompts}: need 1 or more", hint="200 or more tell half a percent apart")
     targets = [case for folder in request.bundles for case in _targets(folder)]
-    if len({case.name for case in targets}) < len(targets):
+    if len({case.build for case in targets}) < len(targets):
         raise BundleError("two of the bundles have the same target in the same precision", hint="name each once")
     targets.sort(key=lambda case: case.precision is not Precision.FP32)
     made = reference_is_made(request)

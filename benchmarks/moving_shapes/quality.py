@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine, versions
-from benchmarks.moving_shapes.cases import Case, QualityRequest, chosen_cases, reference_is_made
+from benchmarks.moving_shapes.cases import CLIP, Case, QualityRequest, chosen_cases, reference_is_made
 from benchmarks.moving_shapes.grammar import caption_of
 from benchmarks.moving_shapes.measure import Frames
 from benchmarks.moving_shapes.reference import Reference, check_place, read_reference, write_reference
@@ -26,7 +26,6 @@ from runtime.pipeline import Video, VideoPipeline
 from runtime.request import GenerateRequest
 
 SCHEMA_VERSION = 1
-CLIP = ClipSize(width=64, height=64, num_frames=17)
 _REPEATED = 20  # prompts made twice
 _MOST_PSNR_DB = 99.0  # what equal videos count as in a mean
 _DISTRIBUTIONS = ("numpy", "onnxruntime", "cuda-bindings", "nvidia-cublas", "nvidia-cudnn-cu13")
@@ -75,7 +74,7 @@ def run_quality(
                     if reference is None:
                         raise
                     refusal = error
-                    pipeline, report["refused"][f"{case.target} {case.precision}"] = None, error.message
+                    pipeline, report["refused"][case.build] = None, error.message
             if pipeline is None:
                 continue
             try:
