@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runtime.errors import DeviceMemoryError, RequestError
-from runtime.residency import NUM_SLOTS, Ledger, Residency, Unit, choose_residency, least_bytes
+from runtime.residency import Ledger, Residency, Unit, choose_residency, least_bytes
 
 LIBRARY_BYTES = 192 << 20
 """Room for what the libraries of a target work in: 64 MiB are cuBLASLt's, cuDNN asks for its own once it runs."""
@@ -136,7 +136,7 @@ def plan_memory(needs: Sequence[Need], *, budget_bytes: int, fixed_bytes: int, h
         room = budget_bytes - fixed_bytes - need.work_bytes
         residency = choose_residency(need.units, room)
         ledger.open(need.component, need.units, residency, room=room, order=order)
-        peak = fixed_bytes + need.work_bytes + ledger.total_bytes + NUM_SLOTS * residency.slot_bytes
+        peak = fixed_bytes + need.work_bytes + ledger.total_bytes + residency.slot_bytes
         plans.append(ComponentPlan(need=need, residency=residency, peak_bytes=peak))
     return MemoryPlan(budget_bytes=budget_bytes, fixed_bytes=fixed_bytes, components=tuple(plans))
 

@@ -13,8 +13,6 @@ ALIGNMENT = 256
 """Bytes: where a tensor of a unit may begin."""
 PAGE_BYTES = 2 << 20
 """What a driver hands out: whole pages."""
-NUM_SLOTS = 2
-"""Places that streamed units take in turn: one is computed with while the next arrives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,53 +83,57 @@ def weight_units(stages: Iterable[StageSpec], *, num_blocks: int) -> tuple[Unit,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residency:
-    """Which units of a component stay on the device, by index, and the size of the slots through which the others stream."""
+    """Which units of a component stay on the device, by index, and the slots through which the others stream."""
 
     resident: frozenset[int]
     resident_bytes: int
-    slot_bytes: int  # of each of NUM_SLOTS; 0 when nothing streams
+    slots: tuple[int, ...]  # bytes of each, the smaller first; none when nothing streams
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(self.slots)
 
     @property
     def device_bytes(self) -> int:
-        return self.resident_bytes + NUM_SLOTS * self.slot_bytes
+        return self.resident_bytes + self.slot_bytes
 
 
 def least_bytes(units: Sequence[Unit]) -> int:
     """The least device memory these weights can run in."""
     whole = sum(unit.device_bytes for unit in units)
     fixed = sum(unit.device_bytes for unit in units if not (unit.streams or unit.passes))
-    slot = max((unit.device_bytes for unit in units if unit.streams), default=0)
-    return min(whole, fixed + NUM_SLOTS * slot)
+    return min(whole, fixed + sum(_slots([unit for unit in units if unit.streams])))
 
 
 def choose_residency(units: Sequence[Unit], room: int) -> Residency:
     """What to keep in `room` bytes: everything if it fits, else what every step needs first, streamed blocks spread evenly.
 
-    First to go is what may pass among the arrays. Evenly, because a resident block's computing time then hides the next streamed one's
-    transfer wherever that takes longer.
+    First to go is what may pass among the arrays. Blocks that are larger than others stay before any of those: slots take their size.
+    Evenly, because a resident block's computing time then hides the next streamed one's transfer wherever that takes longer.
 
     Raises:
         ValueError: less room than `least_bytes`.
     """
     sizes = [unit.device_bytes for unit in units]
     if sum(sizes) <= room:
-        return Residency(resident=frozenset(range(len(units))), resident_bytes=sum(sizes), slot_bytes=0)
+        return Residency(resident=frozenset(range(len(units))), resident_bytes=sum(sizes), slots=())
     fixed = [i for i, unit in enumerate(units) if not (unit.streams or unit.passes)]
     steps = [i for i, unit in enumerate(units) if unit.streams and not unit.per_prompt]
     prompts = [i for i, unit in enumerate(units) if unit.streams and unit.per_prompt]
     staying = sum(sizes[i] for i in (*fixed, *steps, *prompts))
     if staying <= room:
-        return Residency(resident=frozenset((*fixed, *steps, *prompts)), resident_bytes=staying, slot_bytes=0)
-    for candidates, kept in ((prompts, fixed + steps), ([*steps, *prompts], fixed)):
-        slot = max((sizes[i] for i in candidates), default=0)
-        left = room - sum(sizes[i] for i in kept) - NUM_SLOTS * slot
-        if left < 0 or not candidates:
-            continue
-        same = [i for i in candidates if i in steps] or candidates
-        fits = (count for count in range(len(same), 0, -1) if sum(sizes[i] for i in _spread(same, count)) <= left)
-        count = next(fits, 0)
-        chosen = frozenset(kept) | frozenset(_spread(same, count))
-        return Residency(resident=chosen, resident_bytes=sum(sizes[i] for i in chosen), slot_bytes=slot)
+        return Residency(resident=frozenset((*fixed, *steps, *prompts)), resident_bytes=staying, slots=())
+    for same, others, kept in ((prompts, [], fixed + steps), (steps, prompts, fixed)):
+        larger = [i for i in same if sizes[i] > min(sizes[i] for i in same)]
+        for first in (larger, []):
+            spread = [i for i in same if i not in first]
+            slots = _slots([units[i] for i in (*spread, *others)])
+            left = room - sum(sizes[i] for i in (*kept, *first)) - sum(slots)
+            if left < 0 or not same:
+                continue
+            fits = (count for count in range(len(spread), 0, -1) if sum(sizes[i] for i in _spread(spread, count)) <= left)
+            chosen = frozenset((*kept, *first, *_spread(spread, next(fits, 0))))
+            return Residency(resident=chosen, resident_bytes=sum(sizes[i] for i in chosen), slots=slots)
     raise ValueError(f"{room} bytes are less than the {least_bytes(units)} these weights need")
 
 
@@ -160,7 +162,7 @@ class Ledger:
         turn = order.index(component)
         farthest = [*order[turn + 1 :], *order[:turn]][::-1]
         if room is not None:
-            gone += self._give_up(farthest, room - NUM_SLOTS * residency.slot_bytes, keep=component)
+            gone += self._give_up(farthest, room - residency.slot_bytes, keep=component)
         return gone
 
     def shrink(self, *, room: int, order: Sequence[str]) -> list[tuple[str, int]]:
@@ -189,6 +191,15 @@ class Ledger:
 
 def whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _slots(streamed: Sequence[Unit]) -> tuple[int, ...]:
+    """Bytes of the two places that streamed units take in turn, one computed with while the next arrives: a unit and the next fit."""
+    least = 0
+    for per_prompt in (True, False):
+        cycle = [unit.device_bytes for unit in streamed if unit.per_prompt is per_prompt]
+        least = max(least, *map(min, cycle, cycle[1:] + cycle[:1])) if cycle else least
+    return (least, max(unit.device_bytes for unit in streamed)) if streamed else ()
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:

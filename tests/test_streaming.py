@@ -17,7 +17,7 @@ from runtime.backends.cuda.engine import CudaBackend
 from runtime.backends.cuda.session import CudaSession
 from runtime.errors import BundleError, CudaError, DeviceMemoryError
 from runtime.memory import LIBRARY_BYTES, SMALL_BYTES, Layout, Need
-from runtime.residency import PAGE_BYTES, weight_units
+from runtime.residency import PAGE_BYTES, least_bytes, weight_units
 from runtime.specs import DType, Precision, StageSpec, TensorSpec
 from tests.fake_gpu import FakeEvent, FakeGpu
 
@@ -114,6 +114,37 @@ def test_computing_never_sees_another_units_weights(
         assert use_of_memory is not None
         assert use_of_memory.peak_bytes + LIBRARY_BYTES + SMALL_BYTES <= use_of_memory.predicted_peak_bytes <= budget(pages)
         assert use_of_memory.staged == (("high", "low") if not host_bytes and pages < 26 else ())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spare_pages", [0, 1, 4])
+@pytest.mark.parametrize("blocks", [5, 6])
+def test_a_larger_first_block_streams_through_the_larger_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, spare_pages: int, seed: int
+) -> None:
+    """With an odd number of blocks their turns cross: the larger one finds its slot in use, and waits."""
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 1 << 20)
+    first = replace(stage("block_wide", "qkv", per_block=True), blocks=(0,))
+    first = replace(first, weights=(TensorSpec("qkv.weight", (2 * ROWS, 8)),))
+    stages = (EMBED, first, replace(BLOCK, blocks=tuple(range(1, blocks))))
+    units = weight_units(stages, num_blocks=blocks)
+    assert [unit.device_bytes // PAGE_BYTES for unit in units] == [1, 3, *[2] * (blocks - 1)]
+    assert least_bytes(units) == (1 + 3 + 2) * PAGE_BYTES
+    tensors = [tensor for unit in units for tensor in unit.tensors]
+    file = tmp_path / "weights.safetensors"
+    save_file({tensor.name: np.full(tensor.shape, i, np.float32) for i, tensor in enumerate(tensors)}, file)
+    gpu, need = FakeGpu(seed=seed), replace(*needs("high"), units=units)
+    with open_session(gpu, vram=budget(6 + spare_pages), available_host_bytes=lambda: 1 << 40) as session:
+        plan = session.prepare([need], attention=Precision.BF16)
+        assert plan.find("high").residency.resident - {0} == {0: set(), 1: set(), 4: {1, blocks}}[spare_pages]
+        with session.weights("high", file, stages, num_blocks=blocks) as weights:
+            for _ in range(3):
+                use(gpu, weights, EMBED)
+                for block in range(blocks):
+                    use(gpu, weights, stages[min(block, 1) + 1], block)
+            gpu.finish()
+        use_of_memory = session.memory_use()
+        assert use_of_memory is not None and use_of_memory.peak_bytes <= use_of_memory.predicted_peak_bytes
 
 
 def test_resident_units_are_copied_once_and_streamed_ones_once_a_step(files: dict[str, Path]) -> None:

@@ -22,7 +22,7 @@ from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.component import Component
 from runtime.geometry import Float32
 from runtime.precision import FP8_WIDE, WideParts, find_wide_fault, in_precision, stages_in_precision
-from runtime.residency import PAGE_BYTES, Unit, choose_residency
+from runtime.residency import PAGE_BYTES, Unit, choose_residency, least_bytes
 from runtime.schedulers import Conventions
 from runtime.specs import DType, Precision, StageSpec
 from runtime.stages.transformer import transformer_stages
@@ -146,15 +146,23 @@ def test_on_cuda_each_block_runs_the_plan_of_its_type(tmp_path: Path, attention:
 
 
 def test_blocks_that_stay_resident_are_counted_by_their_own_sizes() -> None:
-    """With wide ends of 4 pages and others of 2: beside two slots of 4, six pages more hold one of each."""
+    """With wide ends of 4 pages and others of 2: the ends stay first, then slots need 2; where they cannot, the slots are theirs."""
     pages = (4, 2, 2, 2, 2, 4)
     units = [
         Unit(name=f"blocks.{i}", tensors=(), nbytes=n * PAGE_BYTES, block=i, per_prompt=False) for i, n in enumerate(pages)
     ]
-    residency = choose_residency(units, 14 * PAGE_BYTES)
-    assert (residency.resident, residency.slot_bytes) == (frozenset((2, 5)), 4 * PAGE_BYTES)
-    assert residency.device_bytes == 14 * PAGE_BYTES
-    assert choose_residency(units, 13 * PAGE_BYTES).resident == {5}
+
+    def chosen(room: int, units: Sequence[Unit]) -> tuple[set[int], list[int]]:
+        residency = choose_residency(units, room * PAGE_BYTES)
+        assert residency.device_bytes <= room * PAGE_BYTES
+        return set(residency.resident), [nbytes // PAGE_BYTES for nbytes in residency.slots]
+
+    assert chosen(14, units) == ({0, 4, 5}, [2, 2])
+    assert chosen(13, units) == chosen(12, units) == ({0, 5}, [2, 2])
+    assert chosen(8, units) == (set(), [4, 4])  # the last and the first follow each other
+    assert chosen(8, units[:5]) == ({0}, [2, 2])
+    assert chosen(7, units[:5]) == chosen(6, units[:5]) == (set(), [2, 4])
+    assert least_bytes(units) == 8 * PAGE_BYTES and least_bytes(units[:5]) == 6 * PAGE_BYTES
 
 
 def test_fp8_attention_takes_the_operands_of_wide_blocks_as_fp8() -> None:

@@ -196,6 +196,4 @@ class CudaSession:
 
 
 def _everything(units: Sequence[Unit]) -> Residency:
-    return Residency(
-        resident=frozenset(range(len(units))), resident_bytes=sum(unit.device_bytes for unit in units), slot_bytes=0
-    )
+    return Residency(resident=frozenset(range(len(units))), resident_bytes=sum(unit.device_bytes for unit in units), slots=())

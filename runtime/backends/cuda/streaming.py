@@ -15,7 +15,7 @@ from runtime.backends.cuda.copies import CopyStream, Event
 from runtime.backends.cuda.device import Device
 from runtime.backends.cuda.loading import Loader, Pinned, TensorBytes, Transfer
 from runtime.errors import EngineError
-from runtime.residency import NUM_SLOTS, Residency, Unit, UnitTensor
+from runtime.residency import Residency, Unit, UnitTensor
 from runtime.specs import DType, StageSpec
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Store:
 @dataclass(slots=True, eq=False)
 class _Slot:
     memory: DeviceArray
+    nbytes: int
     ready: Event
     done: Event  # the computing that read the slot's last unit
     transfer: Transfer | None = None
@@ -105,8 +106,8 @@ class StreamedWeights:
         self._units = {tensor.name: (i, tensor) for i, unit in enumerate(store.units) for tensor in unit.tensors}
         self._bound: dict[tuple[str, int | None, int], dict[str, DeviceArray]] = {}
         self._slots = [
-            _Slot(device.slab(residency.slot_bytes), store.event("ready", i, copies), store.event("done", i, copies))
-            for i in range(NUM_SLOTS if residency.slot_bytes else 0)
+            _Slot(device.slab(nbytes), nbytes, store.event("ready", i, copies), store.event("done", i, copies))
+            for i, nbytes in enumerate(residency.slots)
         ]
         self._device = device
         self._passing: DeviceArray | None = None
@@ -174,7 +175,7 @@ class StreamedWeights:
     def _acquire_streamed(self, unit: int) -> int:
         slot = next((slot for slot in self._slots if slot.unit == unit), None)
         if slot is None:
-            slot = next((slot for slot in self._slots if slot.unit is None), self._slots[0])
+            slot = self._free_slot(unit) or self._slots[-1]  # the largest
             slot.clear()
             self._request_streamed(unit, slot)
         assert slot.transfer is not None
@@ -227,10 +228,14 @@ class StreamedWeights:
                 if not store.arriving:
                     self._request_resident(unit)
                 return
-            free = next((slot for slot in self._slots if slot.unit is None), None)
-            if free is None:
+            if (free := self._free_slot(unit)) is None:
                 return
             self._request_streamed(unit, free)
+
+    def _free_slot(self, unit: int) -> _Slot | None:
+        """The smallest slot that holds none and is large enough; where an odd number of blocks streams, the large one may come too late."""
+        needed = self._store.units[unit].device_bytes
+        return next((slot for slot in self._slots if slot.unit is None and slot.nbytes >= needed), None)
 
     def _cycle(self, unit: int | None) -> list[int]:
         """The units that are used again and again in turn with this one."""
