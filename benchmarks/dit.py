@@ -26,7 +26,7 @@ from benchmarks.dit_peers import (
     open_ours,
 )
 from benchmarks.dit_torch_tensorrt import check_torch_tensorrt, open_torch_tensorrt
-from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, measure
+from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, measure, precisions_text
 from runtime.bundle import Bundle
 from runtime.geometry import VideoSize
 from runtime.specs import Precision
@@ -68,7 +68,7 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
     """This project's bundles in every precision of attention, then the baselines."""
     for bundle in options.bundles:
         for attention in attentions(bundle, options.attention):
-            peer = f"{OURS} {bundle.manifest.targets['cuda'].precision}, attention {attention}"
+            peer = f"{OURS} {precisions_text(bundle, attention)}"
             yield peer, partial(_ours, case, peer, bundle, attention, options)
     for baseline in options.baselines:
         yield baseline, partial(_theirs, case, baseline, options)

@@ -19,7 +19,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions
+from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, precisions_text
 from benchmarks.workload import ROOT, environment
 from runtime.bundle import Bundle
 from runtime.errors import RequestError, WanError
@@ -61,7 +61,7 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
     """Every bundle in every precision of attention, then the baselines."""
     for bundle in options.bundles:
         for attention in attentions(bundle, options.attention):
-            peer = f"{OURS} {bundle.manifest.targets['cuda'].precision}, attention {attention}"
+            peer = f"{OURS} {precisions_text(bundle, attention)}"
             yield peer, partial(_ours, case, peer, bundle, attention, options.scratch)
     for baseline in options.baselines:
         yield baseline, partial(_diffusers, case, baseline, options)

@@ -114,6 +114,13 @@ def attentions(bundle: Bundle, asked: Sequence[Precision]) -> tuple[Precision, .
     return tuple(asked) or (Precision.BF16, Precision.FP8)
 
 
+def precisions_text(bundle: Bundle, attention: Precision) -> str:
+    """How a bundle's transformer computes, for people: `fp8 but first:1, attention bf16`."""
+    precision = bundle.manifest.targets["cuda"].precision
+    wide = str(bundle.manifest.fp8_wide) if precision is Precision.FP8 else ""
+    return f"{precision}{f' but {wide}' if wide else ''}, attention {attention}"
+
+
 def cuda_engines(bundle: Bundle, network: str) -> tuple[tuple[StageSpec, ...], dict[str, Path]]:
     """A network's stages as the `cuda` target runs them, and its engine files."""
     target = bundle.manifest.targets["cuda"]

@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, cuda_engines, cuda_kernels, measure
+from benchmarks.gpu import (
+    OURS,
+    Attempt,
+    Options,
+    Result,
+    Suite,
+    attentions,
+    cuda_engines,
+    cuda_kernels,
+    measure,
+    precisions_text,
+)
 from runtime.backends.base import Array
 from runtime.backends.cuda.copies import CopyStream
 from runtime.backends.cuda.engine import CudaBackend
@@ -91,17 +102,18 @@ def with_shares(results: list[Result]) -> list[Result]:
 
 
 class RandomWeights:
-    """Weights in host memory, drawn once for every shape and name within a block."""
+    """Weights in host memory, drawn once for every name within a block, shape and type."""
 
     def __init__(self, units: tuple[Unit, ...]) -> None:
         self._generator = np.random.default_rng(0)
         self._specs = {tensor.name: (tensor.shape, tensor.dtype) for unit in units for tensor in unit.tensors}
-        self._drawn: dict[str, Array] = {}
+        self._drawn: dict[tuple[str, tuple[int, ...], DType], Array] = {}
 
     def tensor(self, name: str) -> Array:
-        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        shape, dtype = self._specs[name]
+        kind = re.sub(r"^blocks\.\d+\.", "", name), shape, dtype
         if kind not in self._drawn:
-            self._drawn[kind] = self._draw(name, *self._specs[name])
+            self._drawn[kind] = self._draw(name, shape, dtype)
         return self._drawn[kind]
 
     def _draw(self, name: str, shape: tuple[int, ...], dtype: DType) -> Array:
@@ -129,7 +141,7 @@ class Bench:
     """A bundle's transformer, opened anew within each budget on one device."""
 
     def __init__(self, bundle: Bundle, case: Case, session: CudaSession) -> None:
-        self._session, self._case = session, case
+        self._session, self._case, self._bundle = session, case, bundle
         variant = bundle.manifest.variant
         self._precision = bundle.manifest.targets["cuda"].precision
         self._arch = variant.transformer
@@ -168,7 +180,7 @@ class Bench:
         return OffloadResult(
             **asdict(timing),
             case=self._case.name,
-            work=f"{self._precision}, attention {attention}",
+            work=precisions_text(self._bundle, attention),
             peer=_peer(budget_gib),
             peak_memory_gib=use.peak_bytes / 2**30,
             tflop=None,

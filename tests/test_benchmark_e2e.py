@@ -13,6 +13,7 @@ from benchmarks.gpu import Options
 from benchmarks.gpu_report import as_row
 from runtime.errors import WanError
 from runtime.geometry import VideoSize
+from runtime.precision import NOTHING_WIDE
 from runtime.specs import Precision
 from runtime.variants import VARIANTS
 from tests.test_random_file import tiny_variant
@@ -24,7 +25,7 @@ def engines_only(folder: Path) -> Any:
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
     targets = {"cuda": SimpleNamespace(precision=Precision.FP8)}
-    manifest = SimpleNamespace(variant=VARIANTS["wan2.2-t2v-a14b"], targets=targets, weights={})
+    manifest = SimpleNamespace(variant=VARIANTS["wan2.2-t2v-a14b"], targets=targets, fp8_wide=NOTHING_WIDE, weights={})
     return SimpleNamespace(folder=folder, manifest=manifest, sha256="0123456789abcdef" * 4)
 
 

@@ -17,6 +17,7 @@ from benchmarks.gpu_run import run_gpu_benchmark
 from benchmarks.gpu_suites import SUITES, GpuRequest, cases_with_bundles, open_suite
 from runtime.backends.cuda.device import find_obstacle
 from runtime.errors import BundleError, DeviceMemoryError, RequestError, WanError
+from runtime.precision import NOTHING_WIDE, WideParts
 from runtime.specs import Precision
 from runtime.variants import VARIANTS
 from tests.conftest import Refuses, Toy
@@ -25,10 +26,19 @@ from tests.test_benchmark_gpu import result
 without_gpu = pytest.mark.skipif(find_obstacle() is None, reason="there is a GPU here")
 
 
-def bundle(variant: str, precision: Precision = Precision.BF16, *, target: str = "cuda", weights: bool = False) -> Any:
+def bundle(
+    variant: str,
+    precision: Precision = Precision.BF16,
+    *,
+    target: str = "cuda",
+    wide: WideParts = NOTHING_WIDE,
+    weights: bool = False,
+) -> Any:
     """As much of a bundle as the suites look at before they open it."""
     targets = {target: SimpleNamespace(precision=precision)}
-    manifest = SimpleNamespace(variant=VARIANTS[variant], targets=targets, weights={"bf16": {}} if weights else {})
+    manifest = SimpleNamespace(
+        variant=VARIANTS[variant], targets=targets, fp8_wide=wide, weights={"bf16": {}} if weights else {}
+    )
     return SimpleNamespace(folder=Path("bundle"), manifest=manifest)
 
 
@@ -122,10 +132,12 @@ def options(*bundles: Any, **given: Any) -> Options:
 
 
 def test_the_transformer_suite_measures_every_bundle_and_baseline() -> None:
-    bundles = (bundle("wan2.1-t2v-14b"), bundle("wan2.1-t2v-14b", Precision.FP8))
+    wide = WideParts(first_blocks=1)
+    bundles = (bundle("wan2.1-t2v-14b"), *(bundle("wan2.1-t2v-14b", Precision.FP8, wide=each) for each in (NOTHING_WIDE, wide)))
     names = [name for name, _ in dit.attempts(dit.SUITE.cases[1], options(*bundles, baselines=("diffusers-compile",)))]
     assert names == [
-        "wanrt bf16, attention bf16", "wanrt fp8, attention bf16", "wanrt fp8, attention fp8", "diffusers-compile",
+        "wanrt bf16, attention bf16", "wanrt fp8, attention bf16", "wanrt fp8, attention fp8",
+        "wanrt fp8 but first:1, attention bf16", "wanrt fp8 but first:1, attention fp8", "diffusers-compile",
     ]  # fmt: skip
 
 
