@@ -28,6 +28,7 @@ from engines.verification.measure import relative_error
 from export.build import BuildRequest, build_bundle
 from runtime.geometry import Float32, VideoSize
 from runtime.pipeline import Frames, VideoPipeline
+from runtime.precision import NOTHING_WIDE
 from runtime.request import GenerateRequest
 from runtime.specs import Precision
 from runtime.stages import network_stages, networks
@@ -73,7 +74,9 @@ def build_toy(checkpoint: Path, folder: Path) -> dict[Precision, Path]:
     bundles = {precision: folder / precision for precision in PRECISIONS}
     with patch.object(export.graphs, "stage_graph", cache(export.graphs.stage_graph)):  # a graph serves all precisions
         for precision, out in bundles.items():
-            build_bundle(BuildRequest(out=out, checkpoint=checkpoint, targets=("cpu", "emulated"), precision=precision))
+            targets = ("cpu", "emulated")
+            wide = NOTHING_WIDE  # a toy has two blocks
+            build_bundle(BuildRequest(out=out, checkpoint=checkpoint, targets=targets, precision=precision, fp8_wide=wide))
     return bundles
 
 

@@ -41,11 +41,15 @@ def size_range(size: str | None, frames: str | None) -> Any:
 
 
 def wide_parts(parts: list[str] | None) -> Any:
-    """`--wide` as WideParts: `first:N`, `last:N` and names of products."""
-    from runtime.precision import FP8_WIDE, WideParts
+    """`--wide` as WideParts: `first:N`, `last:N` and names of products, or `none` alone; None when it is left out."""
+    from runtime.precision import NOTHING_WIDE, WideParts
 
     if parts is None:
-        return FP8_WIDE
+        return None
+    if "none" in parts:
+        if set(parts) != {"none"}:
+            raise RequestError("--wide none: nothing stays bf16 then", hint="give none alone, or leave it out")
+        return NOTHING_WIDE
     ends = {"first": 0, "last": 0}
     products: dict[str, None] = {}
     for part in parts:

@@ -20,7 +20,7 @@ from runtime.bundle import file_sha256
 from runtime.errors import BuildError
 from runtime.geometry import SizeRange
 from runtime.manifest import Artefact, Target, WeightFile
-from runtime.precision import FP8_WIDE, WideParts, stages_in_precision
+from runtime.precision import WideParts, stages_in_precision
 from runtime.specs import Precision, StageSpec
 from runtime.stages import network_arch, network_blocks, network_stages
 from runtime.variants import Variant
@@ -51,7 +51,7 @@ class BuildRequest:
         targets, precision: what to build for; `precision` None takes each target's default.
         sizes: the sizes the engines must take; None for any.
         architectures: GPU architectures to compile for; empty for all that a target has.
-        fp8_wide: what of an fp8 transformer is bf16 all the same.
+        fp8_wide: what of an fp8 transformer is bf16 all the same; None for its first block, if it has more.
     """
 
     out: Path
@@ -61,7 +61,7 @@ class BuildRequest:
     precision: Precision | None = None
     sizes: SizeRange | None = None
     architectures: tuple[str, ...] = ()
-    fp8_wide: WideParts = FP8_WIDE
+    fp8_wide: WideParts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +86,14 @@ class Builder:
         variant: Variant,
         checkpoint: "Checkpoint | None",
         *,
+        fp8_wide: WideParts,
         total: int,
         on_event: Callable[[BuildEvent], None],
     ) -> None:
         self.built = self.reused = 0
         self._graphs: dict[str, onnx.ModelProto] = {}
         self._store = store
-        self._request, self._variant, self._checkpoint = request, variant, checkpoint
+        self._request, self._variant, self._checkpoint, self._fp8_wide = request, variant, checkpoint, fp8_wide
         self._total, self._on_event = total, on_event
 
     def target(self, plan: TargetPlan) -> Target:
@@ -127,7 +128,7 @@ class Builder:
         from export.pack import weight_plan, write_weights
 
         assert self._checkpoint is not None
-        plan = weight_plan(self._variant, network, precision, wide=self._request.fp8_wide)
+        plan = weight_plan(self._variant, network, precision, wide=self._fp8_wide)
         source = self._checkpoint.components[component]
 
         def build(file: Path) -> dict[str, str]:
@@ -163,7 +164,7 @@ class Builder:
     def _narrowed(self, stage: StageSpec, precision: Precision) -> tuple[StageSpec, ...]:
         """What is built of a stage: in fp8 also its like for wide blocks."""
         num_blocks = network_blocks(self._variant, stage.network)
-        return stages_in_precision([stage], precision, num_blocks=num_blocks, wide=self._request.fp8_wide)
+        return stages_in_precision([stage], precision, num_blocks=num_blocks, wide=self._fp8_wide)
 
     def _engine(
         self, plan: TargetPlan, stage: StageSpec, narrow: StageSpec, options: EngineOptions, facts: Mapping[str, object]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from export.trace import TORCH_DTYPES
 from runtime.errors import ExportError
-from runtime.precision import CHANNEL_MULTIPLE, FP8_MAX, FP8_WIDE, WideParts, stages_in_precision, weight_of_scales
+from runtime.precision import CHANNEL_MULTIPLE, FP8_MAX, NOTHING_WIDE, WideParts, stages_in_precision, weight_of_scales
 from runtime.specs import DType, Precision, StageSpec
 from runtime.stages import network_blocks, network_stages
 from runtime.stages.text_encoder import TOKEN_EMBEDDING
@@ -81,7 +81,7 @@ def pack_plan(stages: Iterable[StageSpec], *, num_blocks: int) -> list[PackedTen
     return list(plan.values())
 
 
-def weight_plan(variant: Variant, network: str, precision: Precision, *, wide: WideParts = FP8_WIDE) -> list[PackedTensor]:
+def weight_plan(variant: Variant, network: str, precision: Precision, *, wide: WideParts = NOTHING_WIDE) -> list[PackedTensor]:
     """Everything a weight file of one network holds: what its stages declare, and what the host reads itself."""
     num_blocks = network_blocks(variant, network)
     stages = stages_in_precision(network_stages(variant, network), precision, num_blocks=num_blocks, wide=wide)

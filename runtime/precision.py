@@ -36,8 +36,7 @@ class WideParts:
         return ", ".join((*(f"{end}:{count}" for end, count in ends.items() if count), *self.products))
 
 
-FP8_WIDE = WideParts()
-"""What stays wide when nothing is asked for: nothing (decision 10 says what would change that)."""
+NOTHING_WIDE = WideParts()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +113,7 @@ _RULES = {
 
 
 def stages_in_precision(
-    stages: Iterable[StageSpec], precision: Precision, *, num_blocks: int, wide: WideParts = FP8_WIDE
+    stages: Iterable[StageSpec], precision: Precision, *, num_blocks: int, wide: WideParts = NOTHING_WIDE
 ) -> tuple[StageSpec, ...]:
     """A network's stages as a target of this precision runs them: in fp8 those of wide blocks are stages of their own.
 

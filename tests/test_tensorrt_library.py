@@ -27,7 +27,7 @@ from engines.targets.tensorrt.network import make_network
 from export.builder import Builder, BuildRequest
 from runtime.backends.engine_file import read_file_header, read_header
 from runtime.errors import BuildError, EngineError, RequestError
-from runtime.precision import in_precision
+from runtime.precision import NOTHING_WIDE, in_precision
 from runtime.specs import Precision
 from tests.conftest import Refuses
 from tests.typed_toys import TOY, stage_of, traced
@@ -80,7 +80,9 @@ def test_tensorrt_builds_for_the_gpu_present(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("export.graphs.stage_graph", lambda variant, stage: traced(variant, stage.name))
     request = BuildRequest(out=tmp_path, checkpoint=None, targets=("tensorrt",), precision=Precision.FP8)
     with BundleStore(tmp_path) as store:
-        target = Builder(store, request, TOY, None, total=0, on_event=lambda event: None).target(TARGETS["tensorrt"])
+        target = Builder(store, request, TOY, None, fp8_wide=NOTHING_WIDE, total=0, on_event=lambda event: None).target(
+            TARGETS["tensorrt"]
+        )
     assert (target.sizes, target.kernels, len(target.engines)) == (DEFAULT_SIZES, {}, 2)
     headers = {name: read_header(memoryview((tmp_path / file.path).read_bytes())) for name, file in target.engines.items()}
     assert {part.architectures for header in headers.values() for part in header.parts} == {("sm_90",)}

@@ -18,6 +18,7 @@ from runtime.backends.tensorrt.library import RTX as RUNS_ON
 from runtime.errors import BundleError, ExportError, RequestError
 from runtime.geometry import MAX_FRAMES, MAX_SIDE, SizeRange, VideoSize
 from runtime.manifest import Target
+from runtime.precision import NOTHING_WIDE
 from runtime.specs import DType, Precision
 from runtime.variants import VARIANTS
 from tests.conftest import Refuses
@@ -113,7 +114,7 @@ def test_engines_are_kept_until_their_sizes_or_architectures_change(tmp_path: Pa
 
     def build(request: BuildRequest) -> tuple[Target, int]:
         with BundleStore(tmp_path) as store:
-            builder = Builder(store, request, TOY, None, total=0, on_event=lambda event: None)
+            builder = Builder(store, request, TOY, None, fp8_wide=NOTHING_WIDE, total=0, on_event=lambda event: None)
             return builder.target(TARGETS["rtx"]), builder.built
 
     target, built = build(request)

@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
+from commands.values import wide_parts
 from engines.plan import TARGETS
 from engines.targets.cuda.lower import lower_stage
+from export.build import BuildRequest, _fp8_wide
 from export.graphs import stage_graph
 from export.pack import pack_plan, weight_plan, write_weights
 from runtime.backends.base import Backend, DeviceTensor
@@ -21,7 +23,7 @@ from runtime.backends.emulated import EmulatedBackend
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.component import Component
 from runtime.geometry import Float32
-from runtime.precision import FP8_WIDE, WideParts, find_wide_fault, in_precision, stages_in_precision
+from runtime.precision import NOTHING_WIDE, WideParts, find_wide_fault, in_precision, stages_in_precision
 from runtime.residency import PAGE_BYTES, Unit, choose_residency, least_bytes
 from runtime.schedulers import Conventions
 from runtime.specs import DType, Precision, StageSpec
@@ -40,7 +42,7 @@ LATENTS = (16, 2, 8, 8)
 ENDS = WideParts(first_blocks=1, last_blocks=1)
 
 
-def stages(precision: Precision, wide: WideParts = FP8_WIDE) -> dict[str, StageSpec]:
+def stages(precision: Precision, wide: WideParts = NOTHING_WIDE) -> dict[str, StageSpec]:
     found = stages_in_precision(DECLARED.values(), precision, num_blocks=ARCH.num_layers, wide=wide)
     return {stage.name: stage for stage in found}
 
@@ -65,7 +67,7 @@ def predict(component: Component) -> Float32:
     return noise
 
 
-def prediction(target: str, backend: Backend, folder: Path, precision: Precision, wide: WideParts = FP8_WIDE) -> Float32:
+def prediction(target: str, backend: Backend, folder: Path, precision: Precision, wide: WideParts = NOTHING_WIDE) -> Float32:
     built, file = stages(precision, wide), folder / "weights"
     folder.mkdir()
     write_weights(DictSource(random_weights(ARCH, seed=5)), pack_plan(built.values(), num_blocks=ARCH.num_layers), file)
@@ -95,7 +97,7 @@ def test_weights_of_wide_blocks_and_products_are_bf16_without_scales() -> None:
         plan = weight_plan(VARIANT, "transformer", Precision.FP8, wide=wide)
         return {packed.name: packed.dtype for packed in plan if packed.name.endswith((".weight", ".weight_scale"))}
 
-    plain, ends = types(FP8_WIDE), types(ENDS)
+    plain, ends = types(NOTHING_WIDE), types(ENDS)
     changed = {name for name in plain if ends.get(name) is not plain[name]}
     assert changed == {name for name in plain if name.startswith(("blocks.0.", "blocks.3.")) and in_fp8(plain, name)}
     assert all(ends.get(name, DType.BF16) is DType.BF16 for name in changed)
@@ -111,7 +113,7 @@ def in_fp8(types: dict[str, DType], name: str) -> bool:
 
 def test_with_wide_ends_a_toy_lies_between_bf16_and_fp8(tmp_path: Path) -> None:
     exact = prediction("cpu", OnnxRuntimeBackend(num_threads=1), tmp_path / "fp32", Precision.FP32)
-    cases = {"bf16": (Precision.BF16, FP8_WIDE), "ends": (Precision.FP8, ENDS), "fp8": (Precision.FP8, FP8_WIDE)}
+    cases = {"bf16": (Precision.BF16, NOTHING_WIDE), "ends": (Precision.FP8, ENDS), "fp8": (Precision.FP8, NOTHING_WIDE)}
     errors = {
         name: relative_error(prediction("emulated", EmulatedBackend(num_threads=1), tmp_path / name, *case), exact)
         for name, case in cases.items()
@@ -177,7 +179,7 @@ def test_a_wide_half_of_the_feed_forward_is_a_product_apart(monkeypatch: pytest.
     monkeypatch.setattr("engines.targets.cuda.lower_transformer._WIDE", 1)
     joined, apart = (
         [step.kind for step in lowered("transformer.block_out", wide).steps]
-        for wide in (FP8_WIDE, WideParts(products=("ffn.2",)))
+        for wide in (NOTHING_WIDE, WideParts(products=("ffn.2",)))
     )
     assert StepKind.FEED_FORWARD in joined and StepKind.FEED_FORWARD not in apart
     assert apart.count(StepKind.LINEAR) == joined.count(StepKind.LINEAR) + 2
@@ -202,9 +204,29 @@ def test_what_cannot_be_kept_wide_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "precision", "blocks", "expected"),
+    [
+        (None, Precision.FP8, 4, "first:1"),
+        (None, Precision.FP8, 1, ""),
+        (None, Precision.BF16, 4, ""),
+        (["none"], Precision.FP8, 4, ""),
+        (["none"], Precision.BF16, 4, ""),
+        (["last:1"], Precision.FP8, 4, "last:1"),
+    ],
+)
+def test_the_first_of_several_blocks_is_wide_unless_the_build_says_otherwise(
+    options: list[str] | None, precision: Precision, blocks: int, expected: str
+) -> None:
+    variant = replace(VARIANT, transformer=replace(ARCH, num_layers=blocks))
+    request = BuildRequest(out=Path(), checkpoint=None, precision=precision, fp8_wide=wide_parts(options))
+    assert str(_fp8_wide(request, [TARGETS["emulated"]], variant)) == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--wide", "first:1"), "--wide: of fp8, and the transformer is built in bf16"),
+        (("--precision", "fp8", "--wide", "none", "--wide", "first:1"), "--wide none: nothing stays bf16 then"),
         (("--precision", "fp8", "--wide", "middle:1"), "--wide middle:1: blocks are counted from first or last"),
         (("--precision", "fp8", "--wide", "last:x"), "--wide: 'x' is not a whole number"),
         (("--precision", "fp8", "--wide", "first:30"), "--wide: 30 first and 0 last of 30 blocks"),
