@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from engines.profiles import DEFAULT_SIZES
-from engines.targets.tensorrt.library import RTX, TENSORRT, architecture_present, has_precision
+from engines.targets.tensorrt.library import RTX, TENSORRT, architecture_present
+from runtime.architectures import has_precision
 from runtime.backends.engine_file import EngineHeader, Profile, read_file_header
 from runtime.errors import RequestError
 from runtime.geometry import SizeRange
@@ -183,7 +184,8 @@ TARGETS = {
                 ),
             },
             tools=(*_TRACERS, "cuda-core", "nvidia-cuda-nvrtc"),
-            architectures=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),
+            architectures=("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120"),
+            has_precision=has_precision,
             compile_kernels=_compile_cuda_kernels,
         ),
         TargetPlan(

@@ -191,8 +191,10 @@ def find_obstacle(bundle: Bundle, runtime_target: RuntimeTarget) -> str | None:
     Raises:
         BundleError: an engine is missing or damaged.
     """
-    engines = bundle.manifest.targets[runtime_target.name].engines.values()
-    return runtime_target.obstacle() or runtime_target.engine_obstacle([bundle.file(engine) for engine in engines])
+    target = bundle.manifest.targets[runtime_target.name]
+    return runtime_target.obstacle() or runtime_target.engine_obstacle(
+        [bundle.file(engine) for engine in target.engines.values()], target.kernels
+    )
 
 
 def cache_folder(bundle: Path) -> Path:

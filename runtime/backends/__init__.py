@@ -60,8 +60,8 @@ class RuntimeTarget:
     open_session: Callable[[BackendOptions], Session]
     attention: Callable[[Precision], tuple[Precision, ...]]
     """Precisions that self-attention can be asked for in a bundle of this precision, the default first."""
-    engine_obstacle: Callable[[Iterable[Path]], str | None] = lambda files: None
-    """Why this machine, which runs the target, cannot run these engine files; None when it can."""
+    engine_obstacle: Callable[[Iterable[Path], Iterable[str]], str | None] = lambda files, kernels: None
+    """Why this machine, which runs the target, cannot run these engine files, with kernels for these architectures; None when it can."""
     rehearse: RehearseOn | None = None
     """None for a target without device memory of its own."""
     note: str = ""
@@ -105,6 +105,15 @@ def _cuda_obstacle() -> str | None:
     from runtime.backends.cuda.device import find_obstacle
 
     return find_obstacle()
+
+
+def _cuda_engine_obstacle(files: Iterable[Path], kernels: Iterable[str]) -> str | None:
+    from runtime.architectures import nearest
+    from runtime.backends.cuda.device import find_architecture
+
+    if nearest(own := find_architecture(), built := tuple(kernels)) is not None:
+        return None
+    return f"its kernels are for {', '.join(built)}, this GPU is {own}: bf16 has kernels from sm_80 on, fp8 from sm_89 on"
 
 
 def _open_cuda(options: BackendOptions) -> Session:
@@ -158,7 +167,7 @@ def _tensorrt_target(name: str, needs: str) -> RuntimeTarget:
 
         return find_obstacle(library())
 
-    def engine_obstacle(files: Iterable[Path]) -> str | None:
+    def engine_obstacle(files: Iterable[Path], kernels: Iterable[str]) -> str | None:
         from runtime.backends.tensorrt.library import find_engine_obstacle
 
         return find_engine_obstacle(library(), files)
@@ -200,6 +209,7 @@ RUNTIME_TARGETS = (
         name="cuda",
         needs="an NVIDIA GPU of sm_80 or later and its driver",
         obstacle=_cuda_obstacle,
+        engine_obstacle=_cuda_engine_obstacle,
         open_session=_open_cuda,
         attention=lambda _: (Precision.BF16, Precision.FP8),
         rehearse=_rehearse_cuda,

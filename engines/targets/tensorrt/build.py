@@ -9,8 +9,9 @@ import onnx
 
 from engines.precision.typed import typed_graph
 from engines.targets.tensorrt.layers import BuildLog, BuiltLayer
-from engines.targets.tensorrt.library import Library, Session, has_precision
+from engines.targets.tensorrt.library import Library, Session
 from engines.targets.tensorrt.network import make_network
+from runtime.architectures import has_precision
 from runtime.backends.engine_file import EngineHeader, EnginePart, Profile, pack_engines
 from runtime.precision import is_self_attention
 from runtime.specs import DType, Precision, StageSpec, resolve

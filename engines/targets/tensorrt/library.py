@@ -9,11 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from runtime.errors import BuildError, EngineError
-from runtime.specs import Precision
 
 log = logging.getLogger("wanrt.tensorrt")
-FIRST_ARCHITECTURES = {Precision.BF16: "sm_80", Precision.FP8: "sm_89"}
-"""The oldest architecture that has a precision, where not all have it."""
 _LAST_LINES = 12
 
 
@@ -35,12 +32,6 @@ RTX = Library(
     architecture_groups=(("sm_75",), ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")),
 )
 TENSORRT = Library(target="tensorrt", module="tensorrt", distribution="tensorrt")
-
-
-def has_precision(architecture: str, precision: Precision) -> bool:
-    """Whether an architecture computes in a precision."""
-    first = FIRST_ARCHITECTURES.get(precision)
-    return first is None or _number(architecture) >= _number(first)
 
 
 class Session:
@@ -133,10 +124,6 @@ def _import(library: Library) -> Any:
         ) from exc
     except OSError as exc:  # its shared libraries
         raise BuildError(f"{library.distribution} is installed and does not load: {exc}", hint="reinstall it") from exc
-
-
-def _number(architecture: str) -> int:
-    return int(architecture.removeprefix("sm_"))
 
 
 def _start_hint(library: Library) -> str:

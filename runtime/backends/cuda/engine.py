@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from runtime import strict_json
+from runtime.architectures import has_precision, nearest
 from runtime.backends.base import Array
 from runtime.backends.cuda.array import Unit
 from runtime.backends.cuda.attention import Attention
@@ -43,12 +44,13 @@ class Libraries:
     """
 
     def __init__(self, device: Device, kernels: Mapping[str, bytes]) -> None:
-        cubin = kernels.get(device.arch)
-        if cubin is None:
+        architecture = nearest(device.arch, kernels)
+        if architecture is None:
             raise EngineError(
                 f"{device.name} is {device.arch}; this bundle has kernels for {', '.join(kernels)}",
-                hint=f"rebuild it with `wanrt build-engines --target cuda --arch {device.arch}`",
+                hint="rebuild it with `wanrt build-engines --target cuda`: bf16 has kernels from sm_80 on, fp8 from sm_89 on",
             )
+        self._device, self._architecture, cubin = device, architecture, kernels[architecture]
         self.kernels = Kernels(device, cubin)
         self.text = TextKernels(device, cubin)
         self.clip = ClipKernels(device, cubin)
@@ -60,6 +62,19 @@ class Libraries:
         self.vae = VaeKernels(device, cubin, self.linear)
         self.patches = PatchKernels(device, cubin)
         self.readback = Readback(device)
+
+    def check_attention(self, precision: Precision) -> None:
+        """Whether there are kernels for self-attention in this precision.
+
+        Raises:
+            EngineError: there are none.
+        """
+        if not has_precision(self._architecture, precision):
+            device = self._device
+            raise EngineError(
+                f"attention in {precision}: {device.name} ({device.arch}) runs the kernels of {self._architecture}, which have none",
+                hint="leave --attention out",
+            )
 
     def close(self) -> None:
         self.readback.close()
@@ -89,13 +104,17 @@ class CudaBackend:
         attention: Precision = Precision.BF16,
         plans: dict[Path, Plan] | None = None,
     ) -> None:
-        self.attention = attention
         self.plans: dict[Path, Plan] = {} if plans is None else plans
         self.device = self._open_device()
         try:
             self._libraries = self._open_libraries(kernels)
         except BaseException:
             self.device.close()
+            raise
+        try:
+            self.attention = attention
+        except BaseException:
+            self.close()
             raise
         libraries = self._libraries
         self._run: dict[StepKind, Callable[..., Mapping[str, DeviceArray] | None]] = {
@@ -132,6 +151,20 @@ class CudaBackend:
             StepKind.ADD_DUPLICATE_UP: libraries.vae.add_duplicate_up,
             StepKind.COLOURS: libraries.vae.colours,
         }
+
+    @property
+    def attention(self) -> Precision:
+        """Precision of self-attention's products.
+
+        Raises:
+            EngineError: when it is set: there are no such kernels for this GPU.
+        """
+        return self._attention
+
+    @attention.setter
+    def attention(self, asked: Precision) -> None:
+        self._libraries.check_attention(asked)
+        self._attention = asked
 
     def _open_device(self) -> Device:
         return Device()
