@@ -101,6 +101,7 @@ def _result(
     output_std: float | None = None,
     device_memory: dict[str, Any] | None = None,
 ) -> Result:
+    stages = report["stage_seconds"]
     return E2eResult(
         seconds=seconds,
         fastest=seconds,
@@ -116,7 +117,7 @@ def _result(
         num_steps=case.num_steps,
         first_step_seconds=report["first_step_seconds"],
         median_step_seconds=median(report["step_seconds"]),
-        stages=report["stage_seconds"],
+        stages={**stages, "process": seconds - sum(stages.values())},  # starting Python, imports, the end
         device_memory=device_memory,
     )
 

@@ -137,7 +137,7 @@ class VideoPipeline:
         """
         job = self.resolve(request)
         clock, self._opening_seconds = StageClock(opening_seconds=self._opening_seconds), 0.0
-        plan = self._prepare(job, on_memory)
+        plan = self._prepare(job, clock, on_memory)
         prompts, warnings = self._encode_prompts(job, clock)
         noise = job.latents if job.latents is not None else randn(job.seed, job.latents_shape)
         conditions, video_latents = self._condition(job, plan, clock)
@@ -156,12 +156,15 @@ class VideoPipeline:
         report = make_report(self._opener, job, clock, warnings=warnings)
         return Video(frames=np.concatenate(kept), latents=latents, initial_latents=noise, report=report)
 
-    def _prepare(self, job: ResolvedRequest, on_memory: Callable[[MemoryPlan], None] | None) -> MemoryPlan | None:
+    def _prepare(
+        self, job: ResolvedRequest, clock: StageClock, on_memory: Callable[[MemoryPlan], None] | None
+    ) -> MemoryPlan | None:
         """Fit the generation into the device's memory; None where it has no memory of its own."""
         if self._opener.rehearse is None:
             return None
-        needs = generation_needs(self._opener, job, self._opener.rehearse)
-        plan = self._opener.session.prepare(needs, attention=job.attention)
+        with clock.stage("plan"):
+            needs = generation_needs(self._opener, job, self._opener.rehearse)
+            plan = self._opener.session.prepare(needs, attention=job.attention)
         if plan is not None and on_memory is not None:
             on_memory(plan)
         return plan
@@ -240,7 +243,9 @@ class VideoPipeline:
 
     def _decode(self, job: ResolvedRequest, latents: Float32, plan: MemoryPlan | None, clock: StageClock) -> Iterator[Frames]:
         arch, num_strips = self.bundle.manifest.variant.vae, plan.num_strips("vae") if plan else 1
-        with self._opener.network("vae") as (component, _):
+        with ExitStack() as stack:
+            with clock.stage("vae"):
+                component, _ = stack.enter_context(self._opener.network("vae"))
             whole = decode_colours(component, latents, arch, num_strips=num_strips)
             chunks = map(to_uint8, decode_tiled(component, latents, arch, job.tile)) if job.tile else whole
             for frames in clock.each("vae", chunks):

@@ -43,6 +43,10 @@ class StageClock:
     first_step_seconds: float | None = None
     _started: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        if self.opening_seconds:
+            self.seconds["open"] = self.opening_seconds
+
     def step(self, seconds: float) -> None:
         """A denoising step that took so long has just ended."""
         if not self.step_seconds:
