@@ -214,7 +214,7 @@ SUITE = Suite(
             name="14b-480p",
             variant="wan2.1-t2v-14b",
             size=VideoSize(width=832, height=480, num_frames=81),
-            budgets_gib=(3, 3.25, 3.5, 4, 5, 6, 8, 12),
+            budgets_gib=(3, 3.5, 4, 5, 6, 8, 12),
         ),
     ),
     precisions=(Precision.FP8,),

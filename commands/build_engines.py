@@ -29,7 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         action="append",
         metavar="PART",
         help="what stays bf16 in fp8: first:N or last:N blocks, or a product such as self_attn.qkv in all; may be given several times "
-        "(default: first:1, where there are more blocks); none: all is fp8",
+        "and then replaces the default, first:1 if there are several blocks; none: all is fp8",
     )
     command.add_argument(
         "--arch", action="append", metavar="ARCH", help="GPU architecture such as sm_90; may be given several times"

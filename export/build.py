@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # torch is loaded only when a checkpoint is opened or a stage
 __all__ = ["BuildEvent", "BuildRequest", "BuildSummary", "build_bundle"]
 
 _USUALLY_WIDE = WideParts(first_blocks=1)
-"""What stays wide when nothing is asked for: in trained weights two thirds of FP8's squared error came from there (decision 10)."""
+"""What stays wide when nothing is asked for: two thirds of FP8's squared error came from there in the weights of the small trained model
+(decision 10)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

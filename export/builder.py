@@ -51,7 +51,7 @@ class BuildRequest:
         targets, precision: what to build for; `precision` None takes each target's default.
         sizes: the sizes the engines must take; None for any.
         architectures: GPU architectures to compile for; empty for all that a target has.
-        fp8_wide: what of an fp8 transformer is bf16 all the same; None for its first block, if it has more.
+        fp8_wide: what of an fp8 transformer is bf16 all the same; None for the first of several blocks.
     """
 
     out: Path

@@ -37,6 +37,7 @@ class WideParts:
 
 
 NOTHING_WIDE = WideParts()
+"""Every block and product that can be fp8 is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import pytest
 import cli
 from export.build import BuildRequest, build_bundle
 from runtime.geometry import SizeRange, VideoSize
+from runtime.precision import NOTHING_WIDE
 from runtime.specs import Precision, StageSpec
 from runtime.variants import Variant
 
@@ -81,7 +82,7 @@ def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 @pytest.fixture(scope="session")
 def typed_toy(one_expert: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
-    """A toy's bundle in each narrow precision, with the targets `cpu`, `emulated` and `rtx`, this one with a double's engines."""
+    """A toy's bundle in each narrow precision, in fp8 every block: the targets `cpu`, `emulated` and `rtx`, this with a double's engines."""
     from tests.fake_machine import building
 
     folder = tmp_path_factory.mktemp("typed")
@@ -91,7 +92,9 @@ def typed_toy(one_expert: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict
     bundles = {precision: folder / precision for precision in (Precision.BF16, Precision.FP16, Precision.FP8)}
     with traced_once(), building():
         for precision, out in bundles.items():
-            request = BuildRequest(out=out, checkpoint=one_expert.folder, precision=precision, sizes=sizes)
+            request = BuildRequest(
+                out=out, checkpoint=one_expert.folder, precision=precision, sizes=sizes, fp8_wide=NOTHING_WIDE
+            )
             build_bundle(replace(request, targets=("cpu", "emulated", "rtx")))
     return bundles
 

@@ -18,7 +18,8 @@ from benchmarks.gpu_suites import SUITES, GpuRequest, cases_with_bundles, open_s
 from runtime.backends.cuda.device import find_obstacle
 from runtime.errors import BundleError, DeviceMemoryError, RequestError, WanError
 from runtime.precision import NOTHING_WIDE, WideParts
-from runtime.specs import Precision
+from runtime.residency import Unit, UnitTensor
+from runtime.specs import DType, Precision
 from runtime.variants import VARIANTS
 from tests.conftest import Refuses, Toy
 from tests.test_benchmark_gpu import result
@@ -244,6 +245,16 @@ class Idle:
     def need(self, attention: Precision) -> None: ...
     def measure(self, *arguments: Any) -> None: ...
     def close(self) -> None: ...
+
+
+def test_random_weights_of_a_wide_block_are_of_its_own_type() -> None:
+    fp8 = UnitTensor("blocks.1.ffn.0.weight", (8, 16), DType.F8_E4M3, 0)
+    wide = UnitTensor("blocks.0.ffn.0.weight", (8, 16), DType.BF16, 0)
+    units = [Unit(name="", tensors=(each,), nbytes=each.nbytes, block=0, per_prompt=False) for each in (wide, fp8)]
+    weights = offload.RandomWeights(tuple(units))
+    for each in (wide, fp8, wide):
+        drawn = weights.tensor(each.name)
+        assert (drawn.shape, drawn.nbytes) == (each.shape, each.nbytes)
 
 
 def test_budgets_are_smallest_first_and_everything_resident_last(monkeypatch: pytest.MonkeyPatch) -> None:

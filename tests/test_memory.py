@@ -113,6 +113,14 @@ def test_what_every_step_needs_stays_first_and_streamed_blocks_are_spread(
     assert residency.device_bytes <= pages * PAGE_BYTES
 
 
+def test_slots_take_the_larger_of_what_streams_for_a_prompt_and_for_a_step() -> None:
+    units = (*(block(i, pages=3, per_prompt=True) for i in range(4)), FIXED, *(block(i) for i in range(4)))
+    assert least_bytes(units) == 7 * PAGE_BYTES
+    for pages, resident in ((7, {4}), (9, {4, 8}), (15, {4, 5, 6, 7, 8})):
+        residency = choose_residency(units, pages * PAGE_BYTES)
+        assert (set(residency.resident), residency.slots) == (resident, (3 * PAGE_BYTES,) * 2)
+
+
 PASSING = Unit(name="time", tensors=(), nbytes=7 * PAGE_BYTES, block=None, per_prompt=True)
 
 

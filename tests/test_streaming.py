@@ -1,6 +1,6 @@
 """Weights within a budget on a fake GPU: what is computed with is what was asked for, however the two streams run against each other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from runtime.residency import PAGE_BYTES, least_bytes, weight_units
 from runtime.specs import DType, Precision, StageSpec, TensorSpec
 from tests.fake_gpu import FakeEvent, FakeGpu
 
+StepOf = Callable[[int], None]
 BLOCKS = 6
 ROWS = 3 * PAGE_BYTES // 2 // 4 // 8  # of 8 floats: a block takes two pages
 
@@ -116,17 +117,13 @@ def test_computing_never_sees_another_units_weights(
         assert use_of_memory.staged == (("high", "low") if not host_bytes and pages < 26 else ())
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("spare_pages", [0, 1, 4])
-@pytest.mark.parametrize("blocks", [5, 6])
-def test_a_larger_first_block_streams_through_the_larger_slot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, spare_pages: int, seed: int
-) -> None:
-    """With an odd number of blocks their turns cross: the larger one finds its slot in use, and waits."""
-    monkeypatch.setattr(loading, "CHUNK_BYTES", 1 << 20)
-    first = replace(stage("block_wide", "qkv", per_block=True), blocks=(0,))
-    first = replace(first, weights=(TensorSpec("qkv.weight", (2 * ROWS, 8)),))
-    stages = (EMBED, first, replace(BLOCK, blocks=tuple(range(1, blocks))))
+LARGE = replace(BLOCK, name="transformer.block_wide", weights=(TensorSpec("qkv.weight", (2 * ROWS, 8)),), blocks=(0,))
+
+
+@contextmanager
+def large_first(tmp_path: Path, blocks: int, *, pages: int, seed: int) -> Iterator[tuple[FakeGpu, Any, StepOf]]:
+    """A component whose first block takes three pages where the others take two, open; its weights, and what uses a block's."""
+    stages = (EMBED, LARGE, replace(BLOCK, blocks=tuple(range(1, blocks))))
     units = weight_units(stages, num_blocks=blocks)
     assert [unit.device_bytes // PAGE_BYTES for unit in units] == [1, 3, *[2] * (blocks - 1)]
     assert least_bytes(units) == (1 + 3 + 2) * PAGE_BYTES
@@ -134,17 +131,41 @@ def test_a_larger_first_block_streams_through_the_larger_slot(
     file = tmp_path / "weights.safetensors"
     save_file({tensor.name: np.full(tensor.shape, i, np.float32) for i, tensor in enumerate(tensors)}, file)
     gpu, need = FakeGpu(seed=seed), replace(*needs("high"), units=units)
-    with open_session(gpu, vram=budget(6 + spare_pages), available_host_bytes=lambda: 1 << 40) as session:
-        plan = session.prepare([need], attention=Precision.BF16)
-        assert plan.find("high").residency.resident - {0} == {0: set(), 1: set(), 4: {1, blocks}}[spare_pages]
+    with open_session(gpu, vram=budget(pages), available_host_bytes=lambda: 1 << 40) as session:
+        session.prepare([need], attention=Precision.BF16)
         with session.weights("high", file, stages, num_blocks=blocks) as weights:
-            for _ in range(3):
-                use(gpu, weights, EMBED)
-                for block in range(blocks):
-                    use(gpu, weights, stages[min(block, 1) + 1], block)
+            yield gpu, weights, lambda block: use(gpu, weights, stages[min(block, 1) + 1], block)
             gpu.finish()
         use_of_memory = session.memory_use()
         assert use_of_memory is not None and use_of_memory.peak_bytes <= use_of_memory.predicted_peak_bytes
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spare_pages", [0, 1, 4])
+@pytest.mark.parametrize("blocks", [5, 6])
+def test_a_larger_first_block_streams_through_the_larger_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, spare_pages: int, seed: int
+) -> None:
+    """Every block is asked for while what is before it computes."""
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 1 << 20)
+    with large_first(tmp_path, blocks, pages=6 + spare_pages, seed=seed) as (gpu, weights, run):
+        assert weights._residency.resident - {0} == {0: set(), 1: set(), 4: {1, blocks}}[spare_pages]
+        late = []
+        for step in range(3):
+            use(gpu, weights, EMBED)
+            for block in range(blocks):
+                if block + 1 not in weights._residency.resident and block + 1 not in [slot.unit for slot in weights._slots]:
+                    late.append((step, block))
+                run(block)
+    assert not late
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("left_at", range(1, 5))
+def test_a_step_that_is_broken_off_leaves_the_larger_slot_to_the_larger_block(tmp_path: Path, left_at: int, seed: int) -> None:
+    with large_first(tmp_path, 6, pages=6, seed=seed) as (_, _, run):
+        for block in (*range(left_at), *range(6)):
+            run(block)
 
 
 def test_resident_units_are_copied_once_and_streamed_ones_once_a_step(files: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Whole generations on the GPU against the CPU target, from one bundle: text-to-video with two experts, and one like the 5B from an image."""
+"""Whole generations on the GPU against the CPU target, from one bundle: text-to-video with two experts, an image with CLIP, the 5B's like."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,26 +10,29 @@ import pytest
 
 from export.build import BuildRequest, build_bundle
 from runtime.pipeline import Video, VideoPipeline
+from runtime.precision import NOTHING_WIDE
 from runtime.request import GenerateRequest
 from runtime.specs import Precision
 from tests.gpu.conftest import kernels_for_this_gpu
 from tests.gpu.pace import far_ahead, one_by_one
 from tests.harness import relative_error
 from tests.tolerances import TOLERANCES
-from tests.toys import TEXT_IMAGE_TOY, TOY, ToyConfig, make_diffusers_checkpoint
+from tests.toys import IMAGE_TOY, TEXT_IMAGE_TOY, TOY, ToyConfig, make_diffusers_checkpoint
 
 pytestmark = pytest.mark.gpu
 
 REQUEST = GenerateRequest(
     prompt="a red panda runs on snow", negative_prompt="dog", width=64, height=96, num_frames=9, num_steps=4, seed=3
 )
+TOYS = {"t2v": TOY, "i2v": IMAGE_TOY, "ti2v": TEXT_IMAGE_TOY}
 
 
 def widened(config: ToyConfig) -> ToyConfig:
     """A toy whose widths are multiples of what tensor cores take."""
     return replace(
-        config, head_dim=128, ffn_dim=512, text_dim=64, text_head_dim=16, text_ffn_dim=96, vae_base_dim=16, num_res_blocks=1
-    )
+        config, head_dim=128, ffn_dim=512, text_dim=64, text_head_dim=16, text_ffn_dim=96, clip_head_dim=16, clip_ffn_dim=64,
+        vae_base_dim=16, num_res_blocks=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,14 @@ class Built:
         return video, steps
 
 
-@pytest.fixture(scope="module", params=["t2v bf16", "t2v fp8", "ti2v bf16"])
+@pytest.fixture(scope="module", params=["t2v bf16", "t2v all fp8", "i2v bf16", "i2v fp8", "ti2v bf16"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
-    kind, precision = request.param.split()
+    kind, *whole, precision = request.param.split()
     folder = tmp_path_factory.mktemp("built")
+    make_diffusers_checkpoint(folder / "checkpoint", config=widened(TOYS[kind]), seed=1, experts=2 if kind == "t2v" else 1)
     asked = REQUEST
-    if kind == "t2v":
-        make_diffusers_checkpoint(folder / "checkpoint", config=widened(TOY), seed=1, experts=2)
-    else:
-        make_diffusers_checkpoint(folder / "checkpoint", config=widened(TEXT_IMAGE_TOY), seed=1)
-        pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
-        asked = replace(REQUEST, image=pixels)
+    if kind != "t2v":
+        asked = replace(REQUEST, image=np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8))
     build_bundle(
         BuildRequest(
             out=folder / "bundle",
@@ -64,6 +64,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             targets=("cpu", "cuda"),
             precision=Precision(precision),
             architectures=tuple(kernels_for_this_gpu()),
+            fp8_wide=NOTHING_WIDE if whole else None,
         )
     )
     yield Built(folder / "bundle", Precision(precision), asked)
@@ -101,8 +102,9 @@ def test_the_bits_are_those_of_one_call_at_a_time(built: Built, attention: Preci
 
 
 def test_fp8_attention_is_an_option_of_the_request(built: Built) -> None:
-    (narrow, _), (wide, _) = built.run("cuda", attention=Precision.FP8), built.run("cuda")
-    assert 0 < relative_error(narrow.latents, wide.latents) < TOLERANCES["latents after a step, cuda fp8"]
+    (narrow, _), (wide, _), (expected, _) = built.run("cuda", attention=Precision.FP8), built.run("cuda"), built.run("cpu")
+    assert relative_error(narrow.latents, wide.latents) > 0
+    assert relative_error(narrow.latents, expected.latents) < TOLERANCES["latents after a step, cuda fp8"]
 
 
 def test_the_report_has_predicted_and_measured_device_memory(built: Built) -> None:

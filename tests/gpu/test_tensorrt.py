@@ -20,16 +20,16 @@ from runtime.errors import EngineError
 from runtime.geometry import SizeRange, VideoSize
 from runtime.opening import cache_folder
 from runtime.pipeline import Video, VideoPipeline
+from runtime.precision import NOTHING_WIDE
 from runtime.request import GenerateRequest
 from runtime.specs import Precision
-from tests.gpu.test_pipeline import widened
+from tests.gpu.test_pipeline import TOYS, widened
 from tests.harness import relative_error
 from tests.tolerances import TOLERANCES
-from tests.toys import IMAGE_TOY, TEXT_IMAGE_TOY, TOY, make_diffusers_checkpoint
+from tests.toys import make_diffusers_checkpoint
 
 pytestmark = pytest.mark.gpu
 
-TOYS = {"t2v": TOY, "i2v": IMAGE_TOY, "ti2v": TEXT_IMAGE_TOY}
 SIZES = SizeRange(smallest=VideoSize(width=32, height=32, num_frames=1), largest=VideoSize(width=96, height=96, num_frames=17))
 REQUEST = GenerateRequest(
     prompt="a red panda runs on snow", negative_prompt="dog", width=64, height=96, num_frames=9, num_steps=4, seed=3
@@ -63,9 +63,9 @@ def target(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=["t2v bf16", "t2v fp16", "t2v fp8", "i2v bf16", "ti2v bf16"])
+@pytest.fixture(scope="module", params=["t2v bf16", "t2v fp16", "t2v all fp8", "i2v bf16", "ti2v bf16"])
 def built(request: pytest.FixtureRequest, target: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
-    kind, precision = request.param.split()
+    kind, *whole, precision = request.param.split()
     folder = tmp_path_factory.mktemp("built")
     make_diffusers_checkpoint(folder / "checkpoint", config=widened(TOYS[kind]), seed=1)
     asked = REQUEST
@@ -79,6 +79,7 @@ def built(request: pytest.FixtureRequest, target: str, tmp_path_factory: pytest.
             precision=Precision(precision),
             architectures=(find_architecture(),),
             sizes=SIZES,
+            fp8_wide=NOTHING_WIDE if whole else None,
         )
     )
     yield Built(folder / "bundle", target, Precision(precision), asked)
