@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.verification.verify import VerifyRequest, verify
 from export.build import BuildRequest, build_bundle
 from runtime.pipeline import Video, VideoPipeline
 from runtime.precision import NOTHING_WIDE
@@ -37,6 +38,7 @@ def widened(config: ToyConfig) -> ToyConfig:
 
 @dataclass(frozen=True)
 class Built:
+    kind: str
     bundle: Path
     precision: Precision
     request: GenerateRequest
@@ -67,7 +69,16 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             fp8_wide=NOTHING_WIDE if whole else None,
         )
     )
-    yield Built(folder / "bundle", Precision(precision), asked)
+    yield Built(request.param, folder / "bundle", Precision(precision), asked)
+
+
+def test_every_stage_is_near_its_float32_self(built: Built, record_property: Any) -> None:
+    """Text encoder, image encoder, transformer and VAE stage by stage, wide blocks apart; FP8 attention's stages are in test_transformer.py."""
+    verification = verify(VerifyRequest(bundle=built.bundle, target="cuda", num_threads=2))
+    for verdict in verification.verdicts:
+        if verdict.relative is not None:
+            record_property(f"{built.kind} {verdict.where}/{verdict.tensor}", verdict.relative)
+    assert not verification.parting, "\n".join(verification.lines())
 
 
 def test_latents_after_every_step_are_those_of_the_cpu_target(built: Built, record_property: Any) -> None:
