@@ -15,6 +15,7 @@ _NOT_EMULATED = {
     "test_a_terminated_process_ends_its_threads_while_streaming": _OWN_PROCESS,
     "test_the_bits_are_those_of_one_call_at_a_time": _NO_TIME,
     "test_a_residual_may_be_what_the_convolution_in_front_makes": _NO_TIME,
+    "test_run.py": _OWN_PROCESS,
     "test_tensorrt.py": "TensorRT's libraries are not emulated",
 }
 """Names of tests and files, and why they cannot run."""
