@@ -20,17 +20,17 @@ from benchmarks.dit_peers import (
     Forward,
     Opened,
     check_onnxruntime,
-    num_tokens,
     open_diffsynth,
     open_diffusers,
     open_ours,
 )
 from benchmarks.dit_torch_tensorrt import check_torch_tensorrt, open_torch_tensorrt
+from benchmarks.flops import forward_tflop, num_tokens
 from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, measure, precisions_text
 from runtime.bundle import Bundle
 from runtime.geometry import VideoSize
 from runtime.specs import Precision
-from runtime.variants import TransformerArch, Variant
+from runtime.variants import Variant
 
 SHOWN_STEPS = 12
 
@@ -52,16 +52,6 @@ class DitResult(Result):
         left = Counter(self.build.left_to_pytorch)
         outside = ", ".join(f"{count} x {name}" for name, count in left.most_common()) or "nothing"
         return [f"built in {self.build.seconds:.0f} s; engines: {self.build.engines}; left to PyTorch: {outside}"]
-
-
-def forward_tflop(arch: TransformerArch, tokens: int) -> float:
-    """Floating-point operations of one forward, 2 per multiply-add: projections, attention, cross-attention, FFN.
-
-    The text's keys and values are not in it: they are computed once a prompt.
-    """
-    d, f, s = arch.dim, arch.ffn_dim, arch.text_len
-    block = 8 * tokens * d * d + 4 * tokens * tokens * d + 4 * tokens * d * d + 4 * s * tokens * d + 4 * tokens * d * f
-    return arch.num_layers * block / 1e12
 
 
 def attempts(case: Case, options: Options) -> Iterator[Attempt]:
@@ -99,7 +89,7 @@ def _theirs(case: Case, peer: str, options: Options) -> Result:
 
 
 def _facts(case: Case, variant: Variant) -> dict[str, Any]:
-    tokens = num_tokens(variant, case)
+    tokens = num_tokens(variant, case.size)
     return {"case": case.name, "tokens": tokens, "tflop": forward_tflop(variant.transformer, tokens)}
 
 

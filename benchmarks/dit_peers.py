@@ -4,7 +4,6 @@ Weights are random and made on the GPU, every block its own. Modules of their ow
 Torch-TensorRT (`benchmarks.dit_torch_tensorrt`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 
 from benchmarks.cuda_steps import TimedBackend
+from benchmarks.flops import num_tokens
 from benchmarks.gpu import cuda_engines, cuda_kernels
 from runtime.backends.cuda.device import DeviceArray
 from runtime.bundle import Bundle
 from runtime.component import Component
 from runtime.errors import RequestError
-from runtime.geometry import VideoSize, latent_shape, token_grid
+from runtime.geometry import VideoSize, latent_shape
 from runtime.precision import FP8_MAX
 from runtime.schedulers import Conventions
 from runtime.specs import DType, Precision, StageSpec
@@ -60,11 +60,6 @@ class Forward:
 
 Opened = Callable[[Variant, Case], AbstractContextManager[Forward]]
 """Opens a peer."""
-
-
-def num_tokens(variant: Variant, case: Case) -> int:
-    """Tokens of a case."""
-    return math.prod(token_grid(latent_shape(case.size, vae=variant.vae), variant.transformer))
 
 
 class RandomWeights:
@@ -176,7 +171,7 @@ def diffusers_inputs(variant: Variant, case: Case, device: str) -> tuple[torch.T
     (`expand_timesteps`)."""
     latents, prompt, timestep = _inputs(variant, case, device)
     if variant.transformer.per_token_timesteps:
-        timestep = timestep.expand(1, num_tokens(variant, case)).contiguous()  # as Torch-TensorRT asks
+        timestep = timestep.expand(1, num_tokens(variant, case.size)).contiguous()  # as Torch-TensorRT asks
     return latents, timestep, prompt
 
 

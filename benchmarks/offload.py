@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.flops import forward_tflop, num_tokens
 from benchmarks.gpu import (
     OURS,
     Attempt,
@@ -88,6 +89,16 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
                 need = bench.need(attention)
                 for budget in (*budgets, None):
                     yield f"attention {attention}, {_peer(budget)}", partial(bench.measure, budget, need, attention)
+    for baseline in options.baselines:
+        yield baseline, partial(_theirs, case, baseline, options)
+
+
+def _theirs(case: Case, peer: str, options: Options) -> Result:
+    from benchmarks.dit_peers import Case as DitCase
+    from benchmarks.offload_diffusers import measure_group_offload
+
+    variant = options.bundles[0].manifest.variant
+    return measure_group_offload(variant, DitCase(case.name, case.variant, case.size), peer, min_runs=RUNS)
 
 
 def with_shares(results: list[Result]) -> list[Result]:
@@ -150,6 +161,7 @@ class Bench:
         self._units = weight_units(self._stages, num_blocks=self._num_blocks)
         self._source = RandomWeights(self._units)
         self._shape = latent_shape(case.size, vae=variant.vae)
+        self._tokens = num_tokens(variant, case.size)
 
     def need(self, attention: Precision) -> Need:
         def twice(component: Component) -> None:
@@ -183,7 +195,8 @@ class Bench:
             work=precisions_text(self._bundle, attention),
             peer=_peer(budget_gib),
             peak_memory_gib=use.peak_bytes / 2**30,
-            tflop=None,
+            tflop=2 * forward_tflop(self._arch, self._tokens),
+            tokens=self._tokens,
             precision=self._precision.value,
             attention=attention.value,
             budget_gib=budget_gib,
@@ -218,7 +231,7 @@ SUITE = Suite(
         ),
     ),
     precisions=(Precision.FP8,),
-    baselines={},
+    baselines={"diffusers": ("torch", "diffusers")},
     attempts=attempts,
     takes=frozenset({"attention", "budgets_gib"}),
     complete=with_shares,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import dit, offload, text
+from benchmarks import flops, offload, text
 from benchmarks.gpu import Result, checked_std, measure, relative_error
 from benchmarks.gpu_report import PEAK_TFLOPS, as_row, markdown_table
 from runtime.variants import TextEncoderArch, TransformerArch
@@ -72,7 +72,7 @@ def test_a_transformer_forward_is_counted_layer_by_layer() -> None:
         + 2 * tokens * 5 * 2  # scores and values over the text
         + 2 * tokens * 2 * 3  # FFN
     )
-    assert dit.forward_tflop(arch, tokens) * 1e12 == pytest.approx(2 * 2 * multiply_adds)
+    assert flops.forward_tflop(arch, tokens) * 1e12 == pytest.approx(2 * 2 * multiply_adds)
 
 
 def test_a_prompt_is_counted_layer_by_layer() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.dit_onnxruntime import RandomTensors, TorchBackend, stage_dtype
 from benchmarks.dit_peers import Case, open_diffusers
+from benchmarks.offload_diffusers import open_group_offload
 from benchmarks.ort_graphs import contributed_graph
 from export.graphs import stage_graph
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -85,6 +86,19 @@ def test_a_graph_with_float_constants_is_refused() -> None:
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "one"))
     with pytest.raises(ValueError, match="float constants"):
         contributed_graph(graph, DType.BF16)
+
+
+def test_diffusers_blocks_in_host_memory_give_what_they_give_on_the_device() -> None:
+    variant = tiny_variant()
+    case = Case("tiny", variant.name, VideoSize(width=64, height=64, num_frames=5))
+    torch.manual_seed(0)
+    with open_diffusers(variant, case, compiled=False, device="cpu") as forward:
+        expected = forward()
+    torch.manual_seed(0)
+    with open_group_offload(variant, case, device="cpu") as forward_both:
+        first, second = forward_both()
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(second, expected)
 
 
 def test_diffusers_forward_has_the_latents_shape_and_moves() -> None:

@@ -68,7 +68,7 @@ def test_a_suite_has_cases_of_known_variants(name: str) -> None:
     [
         (("--suite", "paint"), "suite 'paint': there is toy, quality, dit, vae, text, offload, e2e"),
         (("--suite", "dit", "--case", "2b"), "case '2b': suite dit has 1.3b-480p, 14b-480p"),
-        (("--suite", "offload", "--baseline", "diffusers"), "baseline 'diffusers': suite offload has none"),
+        (("--suite", "offload", "--baseline", "diffsynth"), "baseline 'diffsynth': suite offload has diffusers"),
         (("--suite", "e2e", "--baseline", "onnxruntime"), "baseline 'onnxruntime': suite e2e has diffusers"),
         (("--suite", "e2e", "--only-baselines"), "only baselines, and none is named"),
         (("--suite", "dit", "--budget", "8GiB"), "suite dit does nothing with budgets_gib; it takes attention, profile, seconds"),
