@@ -27,6 +27,7 @@ from benchmarks.dit_peers import (
 from benchmarks.dit_torch_tensorrt import check_torch_tensorrt, open_torch_tensorrt
 from benchmarks.flops import forward_tflop, num_tokens
 from benchmarks.gpu import OURS, Attempt, Options, Result, Suite, attentions, measure, precisions_text
+from benchmarks.gpu_pace import Pace, watched
 from runtime.bundle import Bundle
 from runtime.geometry import VideoSize
 from runtime.specs import Precision
@@ -38,11 +39,12 @@ SHOWN_STEPS = 12
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DitResult(Result):
     build: Build | None = None  # apart from every time of a forward
+    pace: Pace | None = None  # while forwards were timed
     steps: list[StepTime] = field(default_factory=list)  # of one forward more, with --profile
 
     def notes(self) -> list[str]:
-        """How it was built, and the longest kinds of steps."""
-        return self._build_notes() + [
+        """How it was built, how fast the GPU ran, and the longest kinds of steps."""
+        return [*self._build_notes(), *([str(self.pace)] if self.pace else [])] + [
             f"{s.step:<60} {s.count:4} x {s.ms / s.count:8.3f} ms = {s.ms:8.1f} ms" for s in self.steps[:SHOWN_STEPS]
         ]
 
@@ -67,11 +69,12 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
 def _ours(case: Case, peer: str, bundle: Bundle, attention: Precision, options: Options) -> Result:
     torch.cuda.reset_peak_memory_stats()
     with open_ours(bundle, case, attention) as (forward, backend):
-        timing, _ = measure(forward, seconds=options.seconds)
+        with watched(_gpu()) as watch:
+            timing, _ = measure(forward, seconds=options.seconds)
         reserved = torch.cuda.max_memory_reserved() + backend.device.reserved_bytes  # the weights are torch's here
         steps = backend.step_times(forward) if options.profile else []
     facts = _facts(case, bundle.manifest.variant)
-    return DitResult(**asdict(timing), **facts, peer=peer, peak_memory_gib=reserved / 2**30, steps=steps)
+    return DitResult(**asdict(timing), **facts, peer=peer, peak_memory_gib=reserved / 2**30, pace=watch.pace, steps=steps)
 
 
 def _theirs(case: Case, peer: str, options: Options) -> Result:
@@ -79,13 +82,20 @@ def _theirs(case: Case, peer: str, options: Options) -> Result:
     torch.cuda.reset_peak_memory_stats()
     free_before = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     with _OPENERS[peer](variant, case) as forward:
-        timing, _ = measure(forward, seconds=options.seconds)
+        with watched(_gpu()) as watch:
+            timing, _ = measure(forward, seconds=options.seconds)
         build = forward.build
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     peak = torch.cuda.max_memory_reserved()
     if peer in _WITH_OWN_MEMORY:
         peak += free_before - free
-    return DitResult(**asdict(timing), **_facts(case, variant), peer=peer, peak_memory_gib=peak / 2**30, build=build)
+    facts = _facts(case, variant)
+    return DitResult(**asdict(timing), **facts, peer=peer, peak_memory_gib=peak / 2**30, pace=watch.pace, build=build)
+
+
+def _gpu() -> str:
+    """The GPU in use, as nvidia-smi names it."""
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
 def _facts(case: Case, variant: Variant) -> dict[str, Any]:

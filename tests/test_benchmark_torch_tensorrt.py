@@ -94,6 +94,7 @@ def test_compiling_is_reported_apart_from_the_forwards(
     for name, value in (("max_memory_reserved", 2**30), ("memory_reserved", 0), ("mem_get_info", (2**30, 2**31))):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(dit, "_gpu", lambda: "0")
     monkeypatch.setitem(
         dit._OPENERS, "torch-tensorrt", lambda *given: dit_torch_tensorrt.open_torch_tensorrt(*given, device="cpu")
     )
