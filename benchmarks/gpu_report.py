@@ -67,14 +67,14 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
         if not row["peer"].startswith(OURS):
             bases.setdefault(_work(row), row)
     lines = [
-        "| case | peer | tokens | median (spread), runs | ratio | TFLOP/s | of bf16 peak | peak memory |",
+        "| case | peer | tokens | median (spread), runs | ratio | TFLOP/s | of bf16, fp8 peak | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         base = bases.get(_work(row))
         ratio = "–" if base is None else f"{row['seconds'] / base['seconds']:.2f}"
         speed = "–" if row["tflop"] is None else f"{row['tflop'] / row['seconds']:.0f}"
-        share = row.get("share_of_bf16_peak")
+        shares = [row.get(f"share_of_{precision}_peak") for precision in ("bf16", "fp8")]
         memory = row["peak_memory_gib"]
         cells = [
             _work(row),
@@ -83,7 +83,7 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
             f"{_time(row['seconds'])} ({_time(row['fastest'])}-{_time(row['slowest'])}), {row['runs']}",
             ratio,
             speed,
-            "–" if share is None else f"{share:.0%}",
+            ", ".join(f"{share:.0%}" for share in shares if share is not None) or "–",
             "–" if memory is None else f"{memory:.1f} GiB",
         ]
         lines.append(f"| {' | '.join(cells)} |")

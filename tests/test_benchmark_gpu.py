@@ -99,7 +99,7 @@ def test_the_ratio_is_to_the_first_row_of_the_case_that_is_not_ours() -> None:
     results = [result("wanrt bf16", 1.0, tflop=500.0), result("diffusers", 2.0), result("diffusers-compile", 4.0)]
     rows = [as_row(r, "NVIDIA H200") for r in [*results, result("wanrt bf16", 0.02, case="alone")]]
     lines = markdown_table(rows).splitlines()
-    assert lines[2] == "| small | wanrt bf16 | 1,200 | 1.000 s (0.900 s-1.200 s), 3 | 0.50 | 500 | 51% | 2.5 GiB |"
+    assert lines[2] == "| small | wanrt bf16 | 1,200 | 1.000 s (0.900 s-1.200 s), 3 | 0.50 | 500 | 51%, 25% | 2.5 GiB |"
     assert lines[4] == "| small | diffusers-compile | 1,200 | 4.000 s (3.600 s-4.800 s), 3 | 2.00 | – | – | 2.5 GiB |"
     assert lines[5] == "| alone | wanrt bf16 | 1,200 | 20.00 ms (18.00 ms-24.00 ms), 3 | – | – | – | 2.5 GiB |"
 
