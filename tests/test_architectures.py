@@ -12,7 +12,8 @@ from engines.plan import TARGETS, architectures
 from engines.targets.cuda.compile import SMALLEST_ARCH
 from runtime.architectures import has_precision, nearest
 from runtime.backends import RUNTIME_TARGETS
-from runtime.backends.cuda.engine import CudaBackend, Libraries
+from runtime.backends.cuda.engine import CudaBackend
+from runtime.backends.cuda.libraries import Libraries
 from runtime.errors import EngineError, RequestError
 from runtime.specs import Precision
 from tests.conftest import Refuses

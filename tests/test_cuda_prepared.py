@@ -16,8 +16,9 @@ from runtime.backends.cuda.calls import Calls, slot_address, symbol
 from runtime.backends.cuda.cublaslt import Problem, Product, ProductPlan
 from runtime.backends.cuda.cudnn import GraphCall
 from runtime.backends.cuda.device import Device
-from runtime.backends.cuda.engine import CudaBackend, Libraries
+from runtime.backends.cuda.engine import CudaBackend
 from runtime.backends.cuda.kernels import Kernels
+from runtime.backends.cuda.libraries import Libraries
 from runtime.backends.cuda.plan import PLAN_VERSION, Plan, Step, StepKind, View
 from runtime.backends.cuda.plan import Buffer as PlanBuffer
 from runtime.backends.cuda.prepared import CudaEngine, PreparedPlan
@@ -82,7 +83,9 @@ class SmallBackend(CudaBackend):
             name: _Nothing() for name in ("text", "clip", "linear", "attention_kernels", "self_attention", "vae")
         }
         libraries["vae"].frame_attention = lambda qkv, out: self.frames_attended.append((qkv.pointer, out.pointer))
-        return cast(Libraries, SimpleNamespace(**libraries, kernels=Kernels(self.device, b""), close=lambda: None))
+        return cast(
+            Libraries, SimpleNamespace(**libraries, kernels=Kernels(self.device, b""), check_attention=id, close=lambda: None)
+        )
 
 
 class _Nothing:

@@ -25,7 +25,7 @@ from dataclasses import replace
 import cli
 from commands.console import StepBar
 from runtime.backends.cuda.device import Device
-from runtime.backends.cuda.engine import Libraries
+from runtime.backends.cuda.libraries import Libraries
 from runtime.specs import DType
 from runtime.video import VideoWriter
 opened = []

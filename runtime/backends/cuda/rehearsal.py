@@ -17,7 +17,8 @@ from runtime.backends.cuda.arena import Pools, fit
 from runtime.backends.cuda.array import HOST_TYPES, Buffer, DeviceArray, contiguous
 from runtime.backends.cuda.calls import Calls
 from runtime.backends.cuda.device import Device
-from runtime.backends.cuda.engine import CudaBackend, Libraries
+from runtime.backends.cuda.engine import CudaBackend
+from runtime.backends.cuda.libraries import Libraries
 from runtime.backends.cuda.plan import Plan
 from runtime.backends.cuda.vae_kernels import VaeKernels
 from runtime.component import Component
