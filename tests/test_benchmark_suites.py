@@ -202,7 +202,7 @@ def test_a_suite_reports_what_was_measured_refused_and_failed(tmp_path: Path, mo
     assert report["refused"] == {"a large": "9 GiB needed", "b large": "9 GiB needed"}
     assert report["failures"].keys() == {"a broken", "a", "b broken", "b"}
     assert "could not be made" in report["failures"]["b"]
-    assert "| 0.50 | 10 | 1% |" in report["table"]
+    assert "| 0.50 | 10 | 1%, 1% |" in report["table"]
     written = json.loads((tmp_path / "result.json").read_text())
     assert written.keys() == report.keys()
     assert written["results"] == report["results"]
