@@ -30,6 +30,8 @@ from tests.conftest import Refuses
         ("sm_100", ("sm_103", "sm_90"), None),
         ("sm_75", ("sm_80",), None),
         ("sm_90", (), None),
+        ("sm_90", ("sm_", "sm_9x", "\x1b[2J", "sm_90\n", "sm_" + "9" * 5000), None),
+        ("sm_90", ("compute_90", "sm_90"), "sm_90"),
     ],
 )
 def test_kernels_run_on_their_own_and_later_minor_revisions(gpu: str, built: tuple[str, ...], expected: str | None) -> None:
