@@ -88,7 +88,8 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
             for attention in attentions(bundle, options.attention):
                 need = bench.need(attention)
                 for budget in (*budgets, None):
-                    yield f"attention {attention}, {_peer(budget)}", partial(bench.measure, budget, need, attention)
+                    room = "all resident" if budget is None else f"{budget:g} GiB"
+                    yield f"{OURS} attention {attention}, {room}", partial(bench.measure, budget, need, attention)
     for baseline in options.baselines:
         yield baseline, partial(_theirs, case, baseline, options)
 

@@ -264,4 +264,6 @@ def test_budgets_are_smallest_first_and_everything_resident_last(monkeypatch: py
     fp8 = bundle("wan2.1-t2v-14b", Precision.FP8)
     asked = options(fp8, budgets_gib=(8.0, 5.5), attention=(Precision.FP8,))
     names = [name for name, _ in offload.attempts(offload.SUITE.cases[0], asked)]
-    assert names == ["attention fp8, wanrt, 5.5 GiB", "attention fp8, wanrt, 8 GiB", "attention fp8, all resident"]
+    assert names == [f"wanrt attention fp8, {room}" for room in ("5.5 GiB", "8 GiB", "all resident")]
+    peers = [name for name, _ in offload.attempts(offload.SUITE.cases[0], options(fp8, baselines=("diffusers",)))]
+    assert [name for name in peers if "wanrt" not in name.split()] == ["diffusers"]  # what --only-baselines leaves
