@@ -5,7 +5,7 @@ the host by every peer.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -69,12 +69,11 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
 def _ours(case: Case, peer: str, bundle: Bundle, attention: Precision, options: Options) -> Result:
     torch.cuda.reset_peak_memory_stats()
     with open_ours(bundle, case, attention) as (forward, backend):
-        with watched(_gpu()) as watch:
-            timing, _ = measure(forward, seconds=options.seconds)
+        timed = _timed(forward, options)
         reserved = torch.cuda.max_memory_reserved() + backend.device.reserved_bytes  # the weights are torch's here
         steps = backend.step_times(forward) if options.profile else []
     facts = _facts(case, bundle.manifest.variant)
-    return DitResult(**asdict(timing), **facts, peer=peer, peak_memory_gib=reserved / 2**30, pace=watch.pace, steps=steps)
+    return DitResult(**timed, **facts, peer=peer, peak_memory_gib=reserved / 2**30, steps=steps)
 
 
 def _theirs(case: Case, peer: str, options: Options) -> Result:
@@ -82,15 +81,20 @@ def _theirs(case: Case, peer: str, options: Options) -> Result:
     torch.cuda.reset_peak_memory_stats()
     free_before = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     with _OPENERS[peer](variant, case) as forward:
-        with watched(_gpu()) as watch:
-            timing, _ = measure(forward, seconds=options.seconds)
+        timed = _timed(forward, options)
         build = forward.build
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     peak = torch.cuda.max_memory_reserved()
     if peer in _WITH_OWN_MEMORY:
         peak += free_before - free
-    facts = _facts(case, variant)
-    return DitResult(**asdict(timing), **facts, peer=peer, peak_memory_gib=peak / 2**30, pace=watch.pace, build=build)
+    return DitResult(**timed, **_facts(case, variant), peer=peer, peak_memory_gib=peak / 2**30, build=build)
+
+
+def _timed(forward: Callable[[], Any], options: Options) -> dict[str, Any]:
+    """A result's times, and its pace."""
+    with watched(_gpu()) as watch:
+        timing, _ = measure(forward, seconds=options.seconds)
+    return {**asdict(timing), "pace": watch.pace}
 
 
 def _gpu() -> str:

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from runtime.bundle import Bundle
+from runtime.precision import wide_text
 from runtime.specs import Precision, StageSpec
 
 OURS = "wanrt"
@@ -117,7 +118,7 @@ def attentions(bundle: Bundle, asked: Sequence[Precision]) -> tuple[Precision, .
 def precisions_text(bundle: Bundle, attention: Precision) -> str:
     """How a bundle's transformer computes, for people: `fp8 but first:1, attention bf16`."""
     precision = bundle.manifest.targets["cuda"].precision
-    wide = str(bundle.manifest.fp8_wide) if precision is Precision.FP8 else ""
+    wide = wide_text(bundle.manifest.fp8_wide, precision)
     return f"{precision}{f' but {wide}' if wide else ''}, attention {attention}"
 
 

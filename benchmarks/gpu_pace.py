@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from tempfile import TemporaryFile
 
@@ -29,7 +29,7 @@ class Pace:
 class Watch:
     """`pace` is there when the block is left; None where nvidia-smi is not, or never saw the GPU busy."""
 
-    pace: Pace | None = field(default=None)
+    pace: Pace | None = None
 
 
 @contextmanager

@@ -88,8 +88,7 @@ def attempts(case: Case, options: Options) -> Iterator[Attempt]:
             for attention in attentions(bundle, options.attention):
                 need = bench.need(attention)
                 for budget in (*budgets, None):
-                    room = "all resident" if budget is None else f"{budget:g} GiB"
-                    yield f"{OURS} attention {attention}, {room}", partial(bench.measure, budget, need, attention)
+                    yield f"{OURS} attention {attention}, {_room(budget)}", partial(bench.measure, budget, need, attention)
     for baseline in options.baselines:
         yield baseline, partial(_theirs, case, baseline, options)
 
@@ -219,7 +218,11 @@ class Bench:
 
 def _peer(budget_gib: float | None) -> str:
     """Named so that everything resident is what the others are compared with."""
-    return "all resident" if budget_gib is None else f"{OURS}, {budget_gib:g} GiB"
+    return _room(budget_gib) if budget_gib is None else f"{OURS}, {_room(budget_gib)}"
+
+
+def _room(budget_gib: float | None) -> str:
+    return "all resident" if budget_gib is None else f"{budget_gib:g} GiB"
 
 
 SUITE = Suite(

@@ -7,6 +7,8 @@ from runtime.specs import Precision
 
 _NAME = re.compile(r"sm_[0-9]{2,3}")
 _FIRST = {Precision.BF16: 80, Precision.FP8: 89}
+KERNELS_FROM = f"bf16 has kernels from sm_{_FIRST[Precision.BF16]} on, fp8 from sm_{_FIRST[Precision.FP8]} on"
+"""For people."""
 
 
 def has_precision(architecture: str, precision: Precision) -> bool:

@@ -15,9 +15,9 @@ from runtime.manifest import Manifest, Target
 from runtime.memory import LIBRARY_BYTES, gib, plan_memory, scratch_text
 from runtime.needs import generation_needs
 from runtime.opening import Opener, find_obstacle
+from runtime.precision import wide_text
 from runtime.request import GenerateRequest
 from runtime.resolving import resolve_request
-from runtime.specs import Precision
 from runtime.stages import network_components
 from runtime.variants import Presence, Variant
 
@@ -142,7 +142,7 @@ def _inspect_target(
         obstacle=obstacle,
         note="; ".join(filter(None, notes)),
         memory=None if runtime_target is None else _device_memory(bundle, runtime_target, vram),
-        wide=str(bundle.manifest.fp8_wide) if target.precision is Precision.FP8 else "",
+        wide=wide_text(bundle.manifest.fp8_wide, target.precision),
         architectures=tuple(target.kernels)
         or tuple(dict.fromkeys(name for header in headers.values() for name in header.architectures)),
         scratch_bytes={stage: header.scratch_bytes for stage, header in headers.items()},

@@ -113,6 +113,11 @@ _RULES = {
 }
 
 
+def wide_text(wide: WideParts, precision: Precision) -> str:
+    """What of a network in this precision is bf16 all the same, for people; empty for nothing."""
+    return str(wide) if precision is Precision.FP8 else ""
+
+
 def stages_in_precision(
     stages: Iterable[StageSpec], precision: Precision, *, num_blocks: int, wide: WideParts = NOTHING_WIDE
 ) -> tuple[StageSpec, ...]:

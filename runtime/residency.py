@@ -124,7 +124,8 @@ def choose_residency(units: Sequence[Unit], room: int) -> Residency:
     if staying <= room:
         return Residency(resident=frozenset((*fixed, *steps, *prompts)), resident_bytes=staying, slots=())
     for same, others, kept in ((prompts, [], fixed + steps), (steps, prompts, fixed)):
-        larger = [i for i in same if sizes[i] > min(sizes[i] for i in same)]
+        smallest = min((sizes[i] for i in same), default=0)
+        larger = [i for i in same if sizes[i] > smallest]
         for first in (larger, []):
             spread = [i for i in same if i not in first]
             slots = _slots([units[i] for i in (*spread, *others)])

@@ -9,6 +9,7 @@ from benchmarks.moving_shapes.world import ClipSize
 from runtime.backends import RUNTIME_TARGETS
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError, RequestError
+from runtime.precision import wide_text
 from runtime.schedulers import SchedulerName
 from runtime.specs import Precision
 
@@ -105,7 +106,7 @@ def _targets(folder: Path) -> Iterator[Case]:
     """A bundle's targets, at their defaults."""
     manifest = open_bundle(folder).manifest
     for name, target in manifest.targets.items():
-        wide = str(manifest.fp8_wide) if target.precision is Precision.FP8 else ""
+        wide = wide_text(manifest.fp8_wide, target.precision)
         yield Case(bundle=folder, target=name, precision=target.precision, wide=wide)
 
 

@@ -108,12 +108,12 @@ def _cuda_obstacle() -> str | None:
 
 
 def _cuda_engine_obstacle(files: Iterable[Path], kernels: Iterable[str]) -> str | None:
-    from runtime.architectures import nearest
+    from runtime.architectures import KERNELS_FROM, nearest
     from runtime.backends.cuda.device import find_architecture
 
     if nearest(own := find_architecture(), built := tuple(kernels)) is not None:
         return None
-    return f"its kernels are for {', '.join(built)}, this GPU is {own}: bf16 has kernels from sm_80 on, fp8 from sm_89 on"
+    return f"its kernels are for {', '.join(built)}, this GPU is {own}: {KERNELS_FROM}"
 
 
 def _open_cuda(options: BackendOptions) -> Session:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from runtime.architectures import has_precision, nearest
+from runtime.architectures import KERNELS_FROM, has_precision, nearest
 from runtime.backends.cuda.attention import Attention
 from runtime.backends.cuda.attention_kernels import AttentionKernels
 from runtime.backends.cuda.clip_kernels import ClipKernels
@@ -31,7 +31,7 @@ class Libraries:
         if architecture is None:
             raise EngineError(
                 f"{device.name} is {device.arch}; this bundle has kernels for {', '.join(kernels)}",
-                hint="rebuild it with `wanrt build-engines --target cuda`: bf16 has kernels from sm_80 on, fp8 from sm_89 on",
+                hint=f"rebuild it with `wanrt build-engines --target cuda`: {KERNELS_FROM}",
             )
         self._device, self._architecture, cubin = device, architecture, kernels[architecture]
         self.kernels = Kernels(device, cubin)

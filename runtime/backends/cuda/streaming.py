@@ -70,7 +70,6 @@ class Store:
 @dataclass(slots=True, eq=False)
 class _Slot:
     memory: DeviceArray
-    nbytes: int
     ready: Event
     done: Event  # the computing that read the slot's last unit
     transfer: Transfer | None = None
@@ -106,7 +105,7 @@ class StreamedWeights:
         self._units = {tensor.name: (i, tensor) for i, unit in enumerate(store.units) for tensor in unit.tensors}
         self._bound: dict[tuple[str, int | None, int], dict[str, DeviceArray]] = {}
         self._slots = [
-            _Slot(device.slab(nbytes), nbytes, store.event("ready", i, copies), store.event("done", i, copies))
+            _Slot(device.slab(nbytes), store.event("ready", i, copies), store.event("done", i, copies))
             for i, nbytes in enumerate(residency.slots)
         ]
         self._device = device
@@ -235,7 +234,7 @@ class StreamedWeights:
     def _free_slot(self, unit: int) -> _Slot | None:
         """The smallest slot that holds none and is large enough; where an odd number of blocks streams, the large one may come too late."""
         needed = self._store.units[unit].device_bytes
-        return next((slot for slot in self._slots if slot.unit is None and slot.nbytes >= needed), None)
+        return next((slot for slot in self._slots if slot.unit is None and slot.memory.nbytes >= needed), None)
 
     def _cycle(self, unit: int | None) -> list[int]:
         """The units that are used again and again in turn with this one."""
